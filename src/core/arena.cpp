@@ -1,0 +1,57 @@
+#include "core/arena.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace entrain {
+namespace {
+
+constexpr size_t alignment = 256;
+// Uncommitted arenas hand out addresses from here: never dereferenced, but distinct from null.
+constexpr uintptr_t counting_base = size_t{1} << 40;
+
+size_t round_up(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+
+}  // namespace
+
+Buffer::Buffer(size_t bytes, Device device) : bytes_(bytes), device_(device) {
+  require(device == Device::cpu, "this build has no CUDA");
+  if (bytes == 0) return;
+  data_ = std::aligned_alloc(alignment, round_up(bytes));
+  require(data_ != nullptr,
+          "out of memory: {:.2f} GiB were asked for at once; lower train.micro_batch or "
+          "data.seq_len, or set train.recompute: true",
+          static_cast<double>(bytes) / (1 << 30));
+  std::memset(data_, 0, round_up(bytes));
+}
+
+Buffer::~Buffer() { std::free(data_); }
+
+Buffer::Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(device_, other.device_);
+  return *this;
+}
+
+Tensor Arena::alloc(Shape shape, DType dtype) {
+  const size_t bytes = round_up(static_cast<size_t>(shape.numel()) * size_of(dtype));
+  const size_t offset = top_;
+  top_ += bytes;
+  if (!buffer_.data()) {
+    peak_ = std::max(peak_, top_);
+    return Tensor::of(reinterpret_cast<void*>(counting_base + offset), shape, dtype, device_);
+  }
+  require(top_ <= buffer_.bytes(), "the arena was built differently after commit()");
+  return Tensor::of(static_cast<std::byte*>(buffer_.data()) + offset, shape, dtype, device_);
+}
+
+void Arena::commit() {
+  buffer_ = Buffer(peak_, device_);
+  top_ = 0;
+}
+
+}  // namespace entrain
