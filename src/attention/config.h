@@ -1,0 +1,20 @@
+#pragma once
+// The `attention:` section of a run. methods.md of the papers: DashAttention arXiv 2605.18753.
+#include <string>
+
+namespace entrain {
+
+struct AttentionConfig {
+  std::string method = "full";  // full | dash
+  int chunk = 64;               // tokens in a key-value chunk
+  double alpha = 1.5;           // entmax: 1 softmax .. 2 sparsemax
+  double gamma = 1.0;           // scale of the routing scores: larger is sparser
+  double sigma = 1.0e6;         // temperature of the prior: larger tilts the token softmax less
+  double prior_eps = 0.0;       // added to routing weights before the logarithm
+  bool center = true;           // subtract the mean log weight of the support
+  int init_blocks = 0;          // first chunks that every query attends
+  int local_blocks = 1;         // last chunks up to the own one that every query attends
+  double target_density = 0.0;  // > 0: a controller drives gamma during training to reach it
+};
+
+}  // namespace entrain

@@ -1,0 +1,41 @@
+#pragma once
+// Ranks of one run and what they exchange. MPI on CPUs; a single process without it.
+#include <memory>
+#include <string>
+
+#include "core/tensor.h"
+
+namespace entrain {
+
+class Comm {
+ public:
+  virtual ~Comm() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  /// Starts summing a contiguous f32 tensor over all ranks in place; wait() completes every sum
+  /// started since the last one. The tensor must not be touched in between. Every rank starts the same
+  /// sums in the same order; the result is bitwise the same on all ranks and from run to run.
+  virtual void start_sum(Tensor x) = 0;
+  virtual void wait() = 0;
+
+  /// Blocking, for small host values.
+  virtual void sum(double* values, int count) = 0;
+  virtual void max(double* values, int count) = 0;
+  virtual void broadcast(void* data, size_t bytes, int root) = 0;
+  virtual void barrier() = 0;
+
+  /// Ends all ranks at once with this exit code, after the caller has said why on stderr.
+  [[noreturn]] virtual void abort(int code) = 0;
+};
+
+/// MPI when this process was started by mpirun or srun, otherwise a single process. Call once, before
+/// threads start; the object finalizes MPI when it is destroyed.
+std::unique_ptr<Comm> make_comm();
+
+/// Throws Error on every rank, naming `what` and the first differing rank, unless all ranks pass the
+/// same text (configurations, checkpoint names, vocabulary hashes).
+void require_same(Comm& comm, const std::string& what, const std::string& text);
+
+}  // namespace entrain

@@ -1,0 +1,64 @@
+#pragma once
+// A run's configuration: what a YAML file says, checked, with every key documented in one table.
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attention/config.h"
+#include "model/config.h"
+#include "optim/config.h"
+
+namespace entrain {
+
+struct DataConfig {
+  std::string path;  // token store
+  int seq_len = 0;
+};
+
+struct TrainConfig {
+  int64_t steps = 0;
+  int global_batch = 0;      // sequences an optimizer step sees, over all ranks
+  int micro_batch = 0;       // sequences a rank holds at once, at most
+  uint64_t seed = 1;
+  std::string init_from;     // run folder or checkpoint whose parameters to start from
+  bool recompute = false;    // recompute activations per block in the backward pass
+  int log_every = 10;        // steps between console lines
+  OptimConfig optim;
+};
+
+struct CheckpointConfig {
+  int64_t every = 500;  // steps; 0: only at the end and on signals
+  int keep = 3;         // newest ones kept; 0: all
+};
+
+struct EvalConfig {
+  int64_t every = 250;   // steps; 0: only at the end
+  int sequences = 64;    // of the validation split
+};
+
+struct RunConfig {
+  ModelConfig model;
+  AttentionConfig attention;
+  DataConfig data;
+  TrainConfig train;
+  CheckpointConfig checkpoint;
+  EvalConfig eval;
+  std::string dir;  // run.dir
+};
+
+/// Reads a YAML file, then applies overrides "section.key=value". Throws Error naming file, line and
+/// the nearest valid key for an unknown key, a wrong type, a missing or impossible value.
+RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides);
+
+/// Checks combinations that one key alone cannot show (divisibility, ranges, floors of density).
+void check(const RunConfig& config);
+
+/// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints.
+std::string to_yaml(const RunConfig& config);
+/// The inverse; `origin` names the source in errors.
+RunConfig parse_config(const std::string& yaml, const std::string& origin);
+
+/// The table of keys, one a line: name, default, meaning. For --help and the documentation.
+std::string describe_keys();
+
+}  // namespace entrain
