@@ -1,0 +1,63 @@
+#include "model/params.h"
+
+#include <algorithm>
+
+#include "core/rng.h"
+
+namespace entrain {
+namespace {
+
+// FNV-1a: a stable stream number for a name.
+uint64_t hash(const std::string& name) {
+  uint64_t h = 14695981039346656037ull;
+  for (const char c : name) h = (h ^ static_cast<uint8_t>(c)) * 1099511628211ull;
+  return h;
+}
+
+}  // namespace
+
+Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device) {
+  int64_t total = 0;
+  for (const ParamSpec& spec : specs) total += spec.shape.numel();
+  Tensor* flat[] = {&values_, &grads_, &m_, &v_};
+  for (int i = 0; i < (training ? 4 : 1); ++i) {
+    memory_[i] = Buffer(static_cast<size_t>(total) * sizeof(float), device);
+    *flat[i] = Tensor::of(memory_[i].data(), {total}, DType::f32, device);
+  }
+  int64_t at = 0;
+  for (const ParamSpec& spec : specs) {
+    const int64_t n = spec.shape.numel();
+    auto window = [&](const Tensor& t) { return t ? t.slice(0, at, n).view(spec.shape) : Tensor{}; };
+    params_.push_back(
+        {spec.name, window(values_), window(grads_), window(m_), window(v_), spec.decay});
+    Rng rng(seed, hash(spec.name));
+    float* value = params_.back().value.ptr<float>();
+    for (int64_t i = 0; i < n; ++i) {
+      value[i] = static_cast<float>(
+          spec.init_mean + (spec.init_std > 0 ? spec.init_std * rng.normal() : 0.0));
+    }
+    at += n;
+  }
+}
+
+const Param& Params::get(const std::string& name) const {
+  const auto it = std::find_if(params_.begin(), params_.end(),
+                               [&](const Param& p) { return p.name == name; });
+  require(it != params_.end(), "the model has no parameter {}", name);
+  return *it;
+}
+
+Param Params::packed(const std::string& first, int count) const {
+  const Param& begin = get(first);
+  const Param* p = &begin;
+  int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows += p[i].value[0];
+  const Shape shape{rows, begin.value[1]};
+  auto widen = [&](const Tensor& t) {
+    return t ? Tensor::of(t.data, shape, t.dtype, t.device) : Tensor{};
+  };
+  return {first, widen(begin.value), widen(begin.grad), widen(begin.m), widen(begin.v),
+          begin.decay};
+}
+
+}  // namespace entrain
