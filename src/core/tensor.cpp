@@ -82,6 +82,21 @@ Tensor Tensor::slice(int dim, int64_t begin, int64_t length) const {
   return t;
 }
 
+Tensor Tensor::split(int dim, int64_t inner) const {
+  require(shape.rank < Shape::max_rank && shape[dim] % inner == 0, "cannot split dimension {} of {} by {}",
+          dim, shape.to_string(), inner);
+  const auto d = static_cast<size_t>(dim);
+  Tensor t = *this;
+  ++t.shape.rank;
+  std::copy_backward(shape.extent.begin() + dim, shape.extent.end() - 1, t.shape.extent.end());
+  std::copy_backward(stride.begin() + dim, stride.end() - 1, t.stride.end());
+  t.shape.extent[d] = shape[dim] / inner;
+  t.shape.extent[d + 1] = inner;
+  t.stride[d] = stride[d] * inner;
+  t.stride[d + 1] = stride[d];
+  return t;
+}
+
 Tensor Tensor::transpose(int a, int b) const {
   Tensor t = *this;
   std::swap(t.shape.extent[static_cast<size_t>(a)], t.shape.extent[static_cast<size_t>(b)]);

@@ -69,6 +69,8 @@ struct Tensor {
   Tensor view(Shape shape) const;
   /// Elements [begin, begin + length) of one dimension.
   Tensor slice(int dim, int64_t begin, int64_t length) const;
+  /// One dimension of n * inner elements as two, n and inner.
+  Tensor split(int dim, int64_t inner) const;
   /// The two dimensions exchanged.
   Tensor transpose(int a, int b) const;
 };

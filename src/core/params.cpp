@@ -1,4 +1,4 @@
-#include "model/params.h"
+#include "core/params.h"
 
 #include <algorithm>
 
@@ -45,6 +45,12 @@ const Param& Params::get(const std::string& name) const {
                                [&](const Param& p) { return p.name == name; });
   require(it != params_.end(), "the model has no parameter {}", name);
   return *it;
+}
+
+Tensor Params::grads(size_t first, size_t count) const {
+  int64_t n = 0;
+  for (size_t i = first; i < first + count; ++i) n += params_[i].grad.numel();
+  return Tensor::of(params_[first].grad.data, {n});
 }
 
 Param Params::packed(const std::string& first, int count) const {

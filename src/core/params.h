@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/tape.h"
 #include "core/tensor.h"
 
 namespace entrain {
@@ -14,7 +15,9 @@ struct Param {
   Tensor value;      // f32
   Tensor grad;       // accumulated with +=, cleared by the optimizer
   Tensor m, v;       // AdamW's first and second moment
-  bool decay = true; // weight decay applies
+  bool decay = true;  // weight decay applies
+
+  Var var() const { return {value, grad}; }
 };
 
 /// What to create: shape and how it starts.
@@ -42,6 +45,8 @@ class Params {
   int64_t numel() const { return values_.numel(); }
   Tensor values() const { return values_; }  // flat
   Tensor grads() const { return grads_; }
+  /// The gradients of parameters [first, first + count), in order of creation, as one flat tensor.
+  Tensor grads(size_t first, size_t count) const;
   Tensor m() const { return m_; }
   Tensor v() const { return v_; }
 

@@ -1,0 +1,27 @@
+#include <cstring>
+
+#include "kernels/kernels.h"
+
+namespace entrain {
+
+template <>
+void Kernels<Device::cpu>::zero(Tensor x) const {
+  std::memset(x.data, 0, x.bytes());
+}
+
+template <>
+void Kernels<Device::cpu>::copy(Tensor from, Tensor to) const {
+  std::memcpy(to.data, from.data, to.bytes());
+}
+
+template <>
+void Kernels<Device::cpu>::add(Tensor a, Tensor b, Tensor y) const {
+  const float* pa = a.ptr<float>();
+  const float* pb = b.ptr<float>();
+  float* py = y.ptr<float>();
+  const int64_t n = y.numel();
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < n; ++i) py[i] = pa[i] + pb[i];
+}
+
+}  // namespace entrain

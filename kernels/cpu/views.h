@@ -1,0 +1,40 @@
+#pragma once
+// What the attention kernels share: plain pointers into [B, H, N, D] views, and the partition of work.
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace entrain {
+
+/// Rows of a [B, H, N, D] view whose last stride is 1.
+struct HeadView {
+  float* data;
+  int64_t batch_step, head_step, token_step;
+
+  explicit HeadView(const Tensor& t)
+      : data(t.ptr<float>()), batch_step(t.stride[0]), head_step(t.stride[1]), token_step(t.stride[2]) {}
+  float* at(int64_t b, int64_t h, int64_t i) const {
+    return data + b * batch_step + h * head_step + i * token_step;
+  }
+};
+
+struct AttentionShape {
+  int64_t B, Hq, Hkv, N, D, g;
+
+  AttentionShape(const Shape& q, const Shape& k)
+      : B(q[0]), Hq(q[1]), Hkv(k[1]), N(q[2]), D(q[3]), g(Hkv > 0 ? Hq / Hkv : 0) {
+    require(q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == N && k[3] == D && g * Hkv == Hq,
+            "attention of queries {} over keys {}", q.to_string(), k.to_string());
+  }
+  /// Queries handled together: about 512 (query, head) rows.
+  int64_t tile() const { return g >= 32 ? 16 : 512 / g; }
+  int64_t tiles() const { return (N + tile() - 1) / tile(); }
+  /// Tiles of one kv head are dealt to this many tasks, each with its own sums over queries, added up in
+  /// order afterwards. It depends on the shape alone, so results do not depend on the threads.
+  int64_t parts() const {
+    const int64_t wanted = (16 + B * Hkv - 1) / (B * Hkv);
+    return wanted < tiles() ? wanted : tiles();
+  }
+};
+
+}  // namespace entrain

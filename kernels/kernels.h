@@ -1,0 +1,113 @@
+#pragma once
+// Every kernel, declared once. A backend defines the members for its device in files that mirror each
+// other: cpu/NAME.cpp for Kernels<Device::cpu>. Kernels know tensors and nothing of models.
+//
+// Conventions. Activations and their gradients are overwritten; gradients of parameters are added to
+// (names end in _sum). Matrices are row-major. B batch, N tokens of a sequence, T = B N tokens, Hq query
+// heads, Hkv key-value heads, g = Hq / Hkv, D head_dim, M = ceil(N / block) blocks. q is [B, Hq, N, D],
+// k and v are [B, Hkv, N, D], as strided views whose last stride is 1.
+#include "core/tensor.h"
+
+namespace entrain {
+
+/// Which blocks of keys each query attends, besides causality, and with what bias on their logits.
+struct BlockSet {
+  int64_t block = 64;  // tokens in a block
+  Tensor mask;         // u64 [B, Hkv, N, ceil(M / 64)], bit c: block c; empty: every block
+  Tensor bias;         // f32 [B, Hkv, N, M]; empty: 0
+};
+
+/// DashAttention's router (arXiv 2605.18753, stages 0 and 1).
+struct DashRouting {
+  int64_t chunk = 64;
+  double alpha = 1.5;
+  double sigma = 1e6;
+  double prior_eps = 0;
+  bool center = true;
+  int64_t init_blocks = 0;
+  int64_t local_blocks = 1;
+  const double* gamma = nullptr;  // read when the kernel runs: a controller moves it
+};
+
+/// What attention read, per kv head, added to on every forward: f64 [Hkv, read_fields].
+enum ReadField : uint8_t {
+  read_pairs,    // query-key pairs attended
+  read_router,   // entries the router read (summaries)
+  read_causal,   // query-key pairs a causal query could attend
+  read_blocks,   // blocks attended, summed over queries
+  read_queries,  // queries
+  read_fields
+};
+
+template <Device>
+struct Kernels {
+  void zero(Tensor x) const;
+  void copy(Tensor from, Tensor to) const;
+  /// y = a + b
+  void add(Tensor a, Tensor b, Tensor y) const;
+
+  /// y[t] = w[tokens[t]]; tokens i32 [T], w [V, d], y [T, d]
+  void embedding(Tensor tokens, Tensor w, Tensor y) const;
+  void embedding_backward(Tensor tokens, Tensor dy, Tensor dw_sum) const;
+
+  /// y = x w^T; x [T, in], w [out, in], y [T, out]
+  void linear(Tensor x, Tensor w, Tensor y) const;
+  void linear_backward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw_sum) const;
+
+  /// y = x rsqrt(mean(x^2) + eps) w over the last dimension; rstd [T] is kept for the backward pass.
+  void rmsnorm(Tensor x, Tensor w, double eps, Tensor y, Tensor rstd) const;
+  /// Adds to dx: the input of a norm is the residual stream.
+  void rmsnorm_backward(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dx_sum,
+                        Tensor dw_sum) const;
+
+  /// Rotates x [B, H, N, D] in place by position, halves of a head paired (Hugging Face's Llama).
+  /// cos_sin f32 [N, D]: cosines, then sines. The inverse rotates gradients back.
+  void rope(Tensor x, Tensor cos_sin, bool inverse) const;
+
+  /// y = silu(gate) up; gate_up [T, 2 f] holds gate, then up
+  void swiglu(Tensor gate_up, Tensor y) const;
+  void swiglu_backward(Tensor dy, Tensor gate_up, Tensor dgate_up) const;
+
+  /// Cross-entropy of logits x w^T without holding them all: loss [T] in nats and, unless dx is
+  /// empty, the gradients of scale * sum(loss). logits: scratch [rows, V], rows at a time.
+  void head_loss(Tensor x, Tensor w, Tensor targets, double scale, Tensor loss, Tensor dx,
+                 Tensor dw_sum, Tensor logits) const;
+
+  /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
+  /// Rows that attend nothing give 0. keys: scratch [B, Hkv, N, D]. read: see ReadField, or empty.
+  void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
+                 Tensor keys, Tensor read) const;
+  /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's heads:
+  /// 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
+  void attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
+                          const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
+                          Tensor scratch) const;
+  static int64_t attention_backward_scratch(const Shape& q, const Shape& k);
+
+  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D]; s f32 [Hkv, D]. Others are set to 0.
+  void dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const;
+  void dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar, Tensor dk_sum,
+                               Tensor ds_sum) const;
+  /// Routing: tau f64 [B, Hq, N] the entmax thresholds, blocks.mask and blocks.bias as attention
+  /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w.
+  void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
+                  const BlockSet& blocks, Tensor weights, Tensor read) const;
+  /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D].
+  /// scratch: f64 [dash_route_backward_scratch()].
+  void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
+                           Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
+  static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);
+
+  /// alpha-entmax over the first length[r] entries of each row of z [R, n], exact zeros elsewhere.
+  void entmax(Tensor z, Tensor length, double alpha, Tensor p) const;
+  void entmax_backward(Tensor p, Tensor dp, double alpha, Tensor dz) const;
+
+  /// Sum of squares, in f64, in an order that does not depend on the number of threads.
+  double sum_of_squares(Tensor x) const;
+  /// One AdamW step over flat f32 windows (Loshchilov and Hutter 2019); clears g. c1 and c2 are the
+  /// bias corrections 1 - beta^t; g is multiplied by g_scale first (clipping).
+  void adamw(Tensor w, Tensor g, Tensor m, Tensor v, double g_scale, double lr, double beta1,
+             double beta2, double c1, double c2, double eps, double decay) const;
+};
+
+}  // namespace entrain

@@ -1,0 +1,86 @@
+// DashAttention (arXiv 2605.18753): chunk summaries learned from the keys are scored by alpha-entmax, whose
+// support picks the chunks of each query and whose weights become a prior of the token softmax. The
+// prior's gradient trains queries, keys and summaries alike.
+#include "attention/registry.h"
+
+namespace entrain {
+namespace {
+
+class DashAttention : public AttentionMethod {
+ public:
+  explicit DashAttention(const AttentionConfig& c) : gamma_(c.gamma) {
+    routing_.chunk = c.chunk;
+    routing_.alpha = c.alpha;
+    routing_.sigma = c.sigma;
+    routing_.prior_eps = c.prior_eps;
+    routing_.center = c.center;
+    routing_.init_blocks = c.init_blocks;
+    routing_.local_blocks = c.local_blocks;
+    routing_.gamma = &gamma_;
+  }
+  DashAttention(const DashAttention&) = delete;  // routing_ points into it
+  DashAttention& operator=(const DashAttention&) = delete;
+
+  /// The authors' release stores the summary queries flat, and starts them at 0: mean pooling.
+  std::vector<ParamSpec> params(int64_t n_kv_head, int64_t head_dim) const override {
+    return {{.name = "indexer_q", .shape = {n_kv_head * head_dim}, .decay = false}};
+  }
+
+  double* gamma() override { return &gamma_; }
+
+  void record(Tape& tape, const AttentionInput& in, Var o) const override {
+    const Kernels<Device::cpu> kernels;
+    const DashRouting routing = routing_;
+    const auto [q, k, v] = std::tuple(in.q, in.k, in.v);
+    const Var summary = in.params.at(0);
+    const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
+    const int64_t Hkv = k.value[1], M = (N + routing.chunk - 1) / routing.chunk;
+
+    const Tensor kbar = tape.keep({B, Hkv, M, D}, DType::f64);
+    const Tensor tau = tape.keep({B, Hq, N}, DType::f64);
+    const Tensor lse = tape.keep({B, Hq, N});
+    const BlockSet blocks{.block = routing.chunk,
+                          .mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64),
+                          .bias = tape.keep({B, Hkv, N, M})};
+
+    tape.record("routing", blocks.bias, {}, [=, read = in.read] {
+      kernels.dash_summaries(k.value, summary.value, routing.chunk, kbar);
+      kernels.dash_route(q.value, kbar, routing, tau, blocks, {}, read);
+    });
+
+    const Tensor keys = tape.scratch(k.value.shape);
+    Tensor dbias, dkbar, token_scratch, route_scratch;
+    if (tape.training()) {
+      dbias = tape.scratch(blocks.bias.shape);
+      dkbar = tape.scratch(kbar.shape, DType::f64);
+      token_scratch = tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
+      route_scratch =
+          tape.scratch({kernels.dash_route_backward_scratch(q.value.shape, kbar.shape)}, DType::f64);
+    }
+    tape.record(
+        "attention", o.value, q.grad,
+        [=, read = in.read] {
+          kernels.attention(q.value, k.value, v.value, blocks, o.value, lse, keys, read);
+        },
+        [=] {
+          kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks, q.grad,
+                                     k.grad, v.grad, dbias, token_scratch);
+          kernels.dash_route_backward(q.value, kbar, routing, tau, dbias, q.grad, dkbar,
+                                      route_scratch);
+          kernels.dash_summaries_backward(k.value, summary.value, routing.chunk, dkbar, k.grad,
+                                          summary.grad);
+        });
+  }
+
+ private:
+  double gamma_;
+  DashRouting routing_;
+};
+
+}  // namespace
+
+std::unique_ptr<AttentionMethod> make_dash_attention(const AttentionConfig& config) {
+  return std::make_unique<DashAttention>(config);
+}
+
+}  // namespace entrain

@@ -1,0 +1,105 @@
+#include "core/tape.h"
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace entrain {
+namespace {
+
+bool finite(const Tensor& t) {
+  if (!t || t.dtype != DType::f32) return true;
+  // Views are checked as their rows lie, which is exact for whole tensors and enough for slices.
+  const float* p = t.ptr<float>();
+  const int64_t n = t.contiguous() ? t.numel() : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(p[i])) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void TapeMemory::commit() {
+  for (Arena* arena : {&values, &grads, &scratch}) arena->commit();
+}
+
+void TapeMemory::rewind() {
+  for (Arena* arena : {&values, &grads, &scratch}) arena->release(0);
+}
+
+Var Tape::var(Shape shape) {
+  return {memory_.values.alloc(shape), training() ? memory_.grads.alloc(shape) : Tensor{}};
+}
+
+Var Tape::shared_var(Shape shape) {
+  const Var v = var(shape);
+  if (v.grad) shared_grads_.push_back(v.grad);
+  return v;
+}
+
+Tensor Tape::scratch(Shape shape, DType dtype) { return memory_.scratch.alloc(shape, dtype); }
+
+void Tape::record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
+                  std::function<void()> backward) {
+  if (!training()) backward = {};
+  entries_.push_back({scope_ + name, value, grad, std::move(forward), std::move(backward)});
+  memory_.scratch.release(0);
+}
+
+Var Tape::block(const std::string& name, Var x, const std::function<Var(Var)>& body) {
+  const bool reuse = options_.recompute || !training();
+  const Var result = reuse ? Var{keep(x.value.shape), x.grad} : Var{};
+  const size_t values = memory_.values.mark(), grads = memory_.grads.mark();
+  const size_t begin = entries_.size();
+  scope_ = name + ".";
+  const Var y = body(x);
+  scope_.clear();
+  require(y.grad.data == x.grad.data, "block {} does not end in the residual stream", name);
+  memory_.grads.release(grads);  // backward leaves the block before it enters the one below
+  if (!reuse) return y;
+
+  memory_.values.release(values);
+  const size_t end = entries_.size();
+  const auto copy = [from = y.value, to = result.value] {
+    std::memcpy(to.data, from.data, to.bytes());
+  };
+  record(name, result.value, {}, copy, [this, begin, end] { run_forward(begin, end); });
+  return result;
+}
+
+void Tape::after_backward(std::function<void()> f) { record("", {}, {}, {}, std::move(f)); }
+
+void Tape::run_forward(size_t begin, size_t end) {
+  for (size_t i = begin; i < end; ++i) {
+    if (entries_[i].forward) entries_[i].forward();
+  }
+}
+
+void Tape::clear_grads() {
+  for (const Tensor& grad : shared_grads_) std::memset(grad.data, 0, grad.bytes());
+}
+
+void Tape::forward() { run_forward(0, entries_.size()); }
+
+void Tape::backward() {
+  clear_grads();
+  for (size_t i = entries_.size(); i-- > 0;) {
+    if (entries_[i].backward) entries_[i].backward();
+  }
+}
+
+std::string Tape::first_non_finite() {
+  for (const Entry& entry : entries_) {
+    if (entry.forward) entry.forward();
+    if (!finite(entry.value)) return entry.name + " (forward)";
+  }
+  clear_grads();
+  for (size_t i = entries_.size(); i-- > 0;) {
+    if (entries_[i].backward) entries_[i].backward();
+    if (!finite(entries_[i].grad)) return entries_[i].name + " (backward)";
+  }
+  return "";
+}
+
+}  // namespace entrain

@@ -1,0 +1,88 @@
+#pragma once
+// The tape records a computation once and runs it every step: each op adds one entry with a forward and
+// a backward closure over tensors whose addresses never change. Recording on memory that is not
+// committed yet predicts its size; nothing is allocated when the tape runs.
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/arena.h"
+
+namespace entrain {
+
+/// A value and the gradient of the loss with respect to it (empty when the tape does not train).
+struct Var {
+  Tensor value;
+  Tensor grad;
+};
+
+/// Memory of a tape: what backward needs, gradients of activations, and what lives within one op.
+struct TapeMemory {
+  explicit TapeMemory(Device device) : values(device), grads(device), scratch(device) {}
+
+  size_t peak() const { return values.peak() + grads.peak() + scratch.peak(); }
+  void commit();  // allocate what was counted
+  void rewind();  // the next tape starts from the bottom
+
+  Arena values, grads, scratch;
+};
+
+class Tape {
+ public:
+  struct Options {
+    bool training = false;   // allocate gradients and record backward closures
+    bool recompute = false;  // keep only the inputs of blocks; run their forward again in backward
+  };
+
+  Tape(TapeMemory& memory, Options options) : memory_(memory), options_(options) {}
+  Tape(const Tape&) = delete;  // closures hold addresses
+  Tape& operator=(const Tape&) = delete;
+
+  bool training() const { return options_.training; }
+
+  /// An activation. Its gradient is written once, by the backward of its one consumer.
+  Var var(Shape shape);
+  /// An activation with several consumers: its gradient starts at 0 and they add to it.
+  Var shared_var(Shape shape);
+  /// Kept from forward to backward.
+  Tensor keep(Shape shape, DType dtype = DType::f32) { return memory_.values.alloc(shape, dtype); }
+  /// Valid within one closure; all ops share it. Each call of one op must follow the others of that op.
+  Tensor scratch(Shape shape, DType dtype = DType::f32);
+
+  /// Adds an op. `value` is what forward writes, `grad` what backward writes or adds to; both are what
+  /// first_non_finite() looks at, and may be empty.
+  void record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
+              std::function<void()> backward = {});
+
+  /// Records body(x) as a unit of memory: what it allocates is given back for the next block where the
+  /// mode allows, and only its result stays. The result must share x's gradient, as the residual
+  /// stream does.
+  Var block(const std::string& name, Var x, const std::function<Var(Var)>& body);
+
+  /// The backward pass calls f when it is done with everything recorded after this point.
+  void after_backward(std::function<void()> f);
+
+  void forward();
+  void backward();
+
+  /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if none.
+  std::string first_non_finite();
+
+ private:
+  struct Entry {
+    std::string name;
+    Tensor value, grad;
+    std::function<void()> forward, backward;
+  };
+
+  void run_forward(size_t begin, size_t end);
+  void clear_grads();
+
+  TapeMemory& memory_;
+  Options options_;
+  std::string scope_;  // prefix of names: "layers.3."
+  std::vector<Entry> entries_;
+  std::vector<Tensor> shared_grads_;
+};
+
+}  // namespace entrain

@@ -1,0 +1,147 @@
+#include "model/decoder.h"
+
+#include <cmath>
+
+#include "ops/ops.h"
+
+namespace entrain {
+namespace {
+
+std::string layer_prefix(int64_t i) { return fmt::format("model.layers.{}.", i); }
+
+/// Parameters of the decoder, in the order of the forward pass. Projections start as in GPT-2: normal
+/// 0.02, those that write to the residual stream smaller by sqrt(2 n_layer).
+std::vector<ParamSpec> decoder_params(const ModelConfig& c, const AttentionMethod& attention) {
+  const double std = 0.02, out_std = std / std::sqrt(2.0 * c.n_layer);
+  const int64_t d = c.d_model, D = c.head_dim, f = c.d_ff, q = c.n_head * D, kv = c.n_kv_head * D;
+  auto matrix = [](std::string name, int64_t out, int64_t in, double deviation) {
+    return ParamSpec{std::move(name), {out, in}, deviation};
+  };
+  auto norm = [](std::string name, int64_t width) {
+    return ParamSpec{.name = std::move(name), .shape = {width}, .init_mean = 1, .decay = false};
+  };
+  std::vector<ParamSpec> specs{matrix("model.embed_tokens.weight", c.vocab, d, std)};
+  for (int64_t i = 0; i < c.n_layer; ++i) {
+    const std::string p = layer_prefix(i);
+    specs.push_back(norm(p + "input_layernorm.weight", d));
+    specs.push_back(matrix(p + "self_attn.q_proj.weight", q, d, std));
+    specs.push_back(matrix(p + "self_attn.k_proj.weight", kv, d, std));
+    specs.push_back(matrix(p + "self_attn.v_proj.weight", kv, d, std));
+    for (ParamSpec extra : attention.params(c.n_kv_head, D)) {
+      extra.name = p + "self_attn." + extra.name;
+      specs.push_back(extra);
+    }
+    specs.push_back(matrix(p + "self_attn.o_proj.weight", d, q, out_std));
+    specs.push_back(norm(p + "post_attention_layernorm.weight", d));
+    specs.push_back(matrix(p + "mlp.gate_proj.weight", f, d, std));
+    specs.push_back(matrix(p + "mlp.up_proj.weight", f, d, std));
+    specs.push_back(matrix(p + "mlp.down_proj.weight", d, f, out_std));
+  }
+  specs.push_back(norm("model.norm.weight", d));
+  if (!c.tie_embeddings) specs.push_back(matrix("lm_head.weight", c.vocab, d, std));
+  return specs;
+}
+
+/// Heads [first, first + count) of x [B, N, width] as [B, count, N, head_dim].
+Tensor heads(Tensor x, int64_t first, int64_t count, int64_t head_dim) {
+  if (!x) return x;
+  return x.slice(2, first * head_dim, count * head_dim).split(2, head_dim).transpose(1, 2);
+}
+
+Var heads(Var x, int64_t first, int64_t count, int64_t head_dim) {
+  return {heads(x.value, first, count, head_dim), heads(x.grad, first, count, head_dim)};
+}
+
+Var view(Var x, Shape shape) {
+  return {x.value.view(shape), x.grad ? x.grad.view(shape) : Tensor{}};
+}
+
+}  // namespace
+
+Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
+                 uint64_t seed, bool training, Device device)
+    : config_(model),
+      attention_(make_attention(attention)),
+      params_(decoder_params(model, *attention_), seed, training, device),
+      params_per_layer_(9 + attention_->params(model.n_kv_head, model.head_dim).size()) {
+  const Shape table{max_tokens, model.head_dim};
+  rope_memory_ = Buffer(static_cast<size_t>(table.numel()) * sizeof(float), device);
+  cos_sin_ = Tensor::of(rope_memory_.data(), table, DType::f32, device);
+  ops::rope_table(cos_sin_, model.rope_theta);
+  const Shape read{model.n_layer, model.n_kv_head, read_fields};
+  read_memory_ = Buffer(static_cast<size_t>(read.numel()) * sizeof(double), device);
+  read_ = Tensor::of(read_memory_.data(), read, DType::f64, device);
+}
+
+Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
+  const std::string p = layer_prefix(index);
+  const int64_t Hq = config_.n_head, Hkv = config_.n_kv_head, D = config_.head_dim;
+  auto weight = [&](const char* name) { return params_.get(p + name).var(); };
+  auto packed = [&](const char* first, int count) { return params_.packed(p + first, count).var(); };
+
+  Var h = ops::rmsnorm(tape, x, weight("input_layernorm.weight"), config_.norm_eps);
+  Var qkv = ops::linear(tape, h, packed("self_attn.q_proj.weight", 3));
+  qkv = view(qkv, {B, N, (Hq + 2 * Hkv) * D});
+  AttentionInput in{.q = heads(qkv, 0, Hq, D),
+                    .k = heads(qkv, Hq, Hkv, D),
+                    .v = heads(qkv, Hq + Hkv, Hkv, D),
+                    .params = {},
+                    .read = read_.slice(0, index, 1).view({Hkv, read_fields})};
+  for (const ParamSpec& spec : attention_->params(Hkv, D)) {
+    in.params.push_back(weight(("self_attn." + spec.name).c_str()));
+  }
+  ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin_.slice(0, 0, N));
+  const Var o = tape.var({B * N, Hq * D});
+  attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
+  x = ops::residual(tape, x, ops::linear(tape, o, weight("self_attn.o_proj.weight")));
+
+  h = ops::rmsnorm(tape, x, weight("post_attention_layernorm.weight"), config_.norm_eps);
+  h = ops::swiglu(tape, ops::linear(tape, h, packed("mlp.gate_proj.weight", 2)));
+  return ops::residual(tape, x, ops::linear(tape, h, weight("mlp.down_proj.weight")));
+}
+
+Var Decoder::head() const {
+  return params_.get(config_.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight").var();
+}
+
+Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final) {
+  const int64_t B = tokens[0], N = tokens[1];
+  require(N <= cos_sin_[0], "{} tokens a sequence; the decoder was made for {}", N, cos_sin_[0]);
+  // Gradients of parameters [first, first + count) are final once backward is past this point.
+  auto announce = [&](size_t first, size_t count) {
+    if (!grads_final) return;
+    const Tensor grads = params_.grads(first, count);
+    tape.after_backward([=] { grads_final(grads); });
+  };
+  announce(0, 1);
+  Var x = ops::embedding(tape, tokens.view({B * N}), params_.get("model.embed_tokens.weight").var());
+  for (int64_t i = 0; i < config_.n_layer; ++i) {
+    announce(1 + static_cast<size_t>(i) * params_per_layer_, params_per_layer_);
+    x = tape.block(fmt::format("layers.{}", i), x, [&](Var in) { return layer(tape, i, in, B, N); });
+  }
+  announce(1 + static_cast<size_t>(config_.n_layer) * params_per_layer_,
+           config_.tie_embeddings ? 1 : 2);
+  return ops::rmsnorm(tape, x, params_.get("model.norm.weight").var(), config_.norm_eps);
+}
+
+Tensor Decoder::loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
+                     const GradsFinal& grads_final) {
+  const Var x = hidden(tape, tokens, grads_final);
+  return ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale);
+}
+
+Tensor Decoder::logits(Tape& tape, Tensor tokens) {
+  return ops::linear(tape, hidden(tape, tokens), head()).value;
+}
+
+int64_t Decoder::matmul_params() const {
+  int64_t n = head().value.numel();
+  for (const Param& p : params_.all()) {
+    if (p.value.shape.rank == 2 && p.name != "lm_head.weight" && p.name != "model.embed_tokens.weight") {
+      n += p.value.numel();
+    }
+  }
+  return n;
+}
+
+}  // namespace entrain

@@ -1,0 +1,52 @@
+#pragma once
+// The Llama-shaped decoder: pre-norm RMSNorm, rotary positions, grouped-query attention by any method,
+// SwiGLU. Parameter names are Hugging Face's.
+#include <functional>
+#include <memory>
+
+#include "attention/attention.h"
+#include "core/params.h"
+#include "core/tape.h"
+#include "model/config.h"
+
+namespace entrain {
+
+class Decoder {
+ public:
+  /// Called in the backward pass with each stretch of gradients as soon as it is final.
+  using GradsFinal = std::function<void(Tensor flat)>;
+
+  Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens, uint64_t seed,
+          bool training, Device device);
+
+  const ModelConfig& config() const { return config_; }
+  Params& params() { return params_; }
+  AttentionMethod& attention() { return *attention_; }
+  /// What attention has read since last cleared: f64 [n_layer, Hkv, read_fields].
+  Tensor read() const { return read_; }
+
+  /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
+  Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
+  /// hidden() and the cross-entropy of each target, [B N]; when training, the gradient of
+  /// scale * sum(loss) flows.
+  Tensor loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
+              const GradsFinal& grads_final = {});
+  /// hidden() and the logits, [B N, vocab].
+  Tensor logits(Tape& tape, Tensor tokens);
+
+  /// Parameters that take part in matrix products, without the embedding table.
+  int64_t matmul_params() const;
+
+ private:
+  Var layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N);
+  Var head() const;
+
+  ModelConfig config_;
+  std::unique_ptr<AttentionMethod> attention_;
+  Params params_;
+  size_t params_per_layer_;
+  Buffer rope_memory_, read_memory_;
+  Tensor cos_sin_, read_;
+};
+
+}  // namespace entrain

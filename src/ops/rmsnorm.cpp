@@ -1,0 +1,16 @@
+#include "kernels/kernels.h"
+#include "ops/ops.h"
+
+namespace entrain::ops {
+
+Var rmsnorm(Tape& tape, Var x, Var w, double eps) {
+  const Var y = tape.var(x.value.shape);
+  const Tensor rstd = tape.keep({x.value[0]});
+  const Kernels<Device::cpu> k;
+  tape.record(
+      "rmsnorm", y.value, x.grad, [=] { k.rmsnorm(x.value, w.value, eps, y.value, rstd); },
+      [=] { k.rmsnorm_backward(y.grad, x.value, w.value, rstd, x.grad, w.grad); });
+  return y;
+}
+
+}  // namespace entrain::ops

@@ -1,0 +1,27 @@
+#include <cmath>
+
+#include "kernels/kernels.h"
+#include "ops/ops.h"
+
+namespace entrain::ops {
+
+void rope(Tape& tape, Var x, Tensor cos_sin) {
+  const Kernels<Device::cpu> k;
+  tape.record(
+      "rope", x.value, x.grad, [=] { k.rope(x.value, cos_sin, false); },
+      [=] { k.rope(x.grad, cos_sin, true); });
+}
+
+void rope_table(Tensor cos_sin, double theta) {
+  const int64_t N = cos_sin[0], D = cos_sin[1];
+  for (int64_t i = 0; i < N; ++i) {
+    for (int64_t j = 0; j < D / 2; ++j) {
+      const double frequency = std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(D));
+      const double angle = static_cast<double>(i) * frequency;
+      cos_sin.ptr<float>()[i * D + j] = static_cast<float>(std::cos(angle));
+      cos_sin.ptr<float>()[i * D + D / 2 + j] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+}  // namespace entrain::ops

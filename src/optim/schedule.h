@@ -1,0 +1,12 @@
+#pragma once
+#include <cstdint>
+
+#include "optim/config.h"
+
+namespace entrain {
+
+/// The learning rate of step `step` (from 1) of `steps`: linear warm-up to lr, then down to min_lr by a
+/// half cosine or a line, or constant.
+double learning_rate(const OptimConfig& config, int64_t step, int64_t steps);
+
+}  // namespace entrain
