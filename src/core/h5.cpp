@@ -51,6 +51,15 @@ std::string reason() {
   return text.empty() ? "HDF5 gives no reason" : text;
 }
 
+/// Errors are thrown, not printed. And HDF5 cleans up nothing when the process exits: after a full
+/// disk it would follow what it could not write into memory already freed. close() has flushed all
+/// that counts.
+void prepare() {
+  static const herr_t once = H5dont_atexit();
+  static_cast<void>(once);
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+}
+
 [[noreturn]] void write_failed(const std::string& path, const std::string& what) {
   fail("{}: cannot write {}: {} (disk full?)", path, what, reason());
 }
@@ -318,7 +327,7 @@ int64_t File::id() const {
 }
 
 File File::open(const std::string& path) {
-  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);  // errors are thrown, not printed
+  prepare();
   struct stat status;
   require(stat(path.c_str(), &status) == 0, "{}: {}", path, std::strerror(errno));
   require(!S_ISDIR(status.st_mode), "{}: is a folder, expected an HDF5 file", path);
@@ -333,7 +342,7 @@ File File::open(const std::string& path) {
 }
 
 File File::create(const std::string& path) {
-  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+  prepare();
   const Id access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
   // The newer layout checksums all metadata, so damage is reported instead of followed, and lets

@@ -240,6 +240,11 @@ TEST(H5, FullDiskIsAnError) {
       "File too large (disk full?)");
   setrlimit(RLIMIT_FSIZE, &before);
   std::signal(SIGXFSZ, handler);
+  // The library still works afterwards.
+  h5::File after = h5::File::create(dir / "b.h5");
+  after.write("x", Tensor::of(x.data(), {100000}));
+  after.close();
+  EXPECT_EQ(h5::File::open(dir / "b.h5").read_range<float>("x", 99999, 1)[0], 1.0f);
 }
 
 }  // namespace
