@@ -19,6 +19,13 @@ struct Array {
   Tensor tensor();  // a view of bytes
 };
 
+/// Where the elements of a dataset lie in its file, for mapping them.
+struct Placed {
+  int64_t offset = 0;  // bytes from the start of the file; 0 when there are no elements
+  Shape shape;
+  DType dtype = DType::f32;
+};
+
 /// Compression of a dataset: none for what is mapped or rewritten often, gzip for what is kept.
 enum class Pack : uint8_t { none, gzip };
 
@@ -37,7 +44,7 @@ class File {
   Shape shape(const std::string& dataset) const;
 
   /// Reads a whole dataset, converted by HDF5 to the nearest DType (float32 for floats of any
-  /// size but float64, int32 for signed integers, u8/u32/u64 for unsigned, u8 for booleans).
+  /// size but float64, int32 for signed integers, u8 to u64 for unsigned, u8 for booleans).
   Array read(const std::string& dataset) const;
   /// Reads a whole dataset into a contiguous host tensor of the same shape, converting.
   void read(const std::string& dataset, Tensor into) const;
@@ -45,11 +52,19 @@ class File {
   template <class T>
   std::vector<T> read_range(const std::string& dataset, int64_t begin, int64_t count) const;
 
+  /// Throws unless the dataset is stored uncompressed, in one piece and in this machine's types.
+  Placed placed(const std::string& dataset) const;
+
   void write(const std::string& dataset, Tensor contiguous, Pack pack = Pack::none);
   /// A one-dimensional dataset that grows; appends to it (chunked storage).
   void append(const std::string& dataset, Tensor one_dimensional);
+  /// A dataset in one piece whose elements are then written in parts with write_range.
+  void reserve(const std::string& dataset, Shape shape, DType dtype);
+  /// Elements [begin, begin + size) of a one-dimensional dataset.
+  void write_range(const std::string& dataset, int64_t begin, Tensor one_dimensional);
 
-  /// Attributes of a group or dataset; "" or "/" is the root.
+  /// Attributes of a group or dataset; "" or "/" is the root. Setting one replaces its value and
+  /// makes a group where there is no object yet.
   bool has_attribute(const std::string& object, const std::string& name) const;
   std::vector<std::string> attributes(const std::string& object) const;
   std::string text(const std::string& object, const std::string& name) const;
@@ -66,6 +81,7 @@ class File {
  private:
   struct Handle;
   File(std::string path, std::shared_ptr<Handle> handle);
+  int64_t id() const;  // HDF5's
   std::string path_;
   std::shared_ptr<Handle> handle_;
 };

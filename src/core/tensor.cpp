@@ -9,6 +9,7 @@ namespace entrain {
 size_t size_of(DType type) {
   switch (type) {
     case DType::u8: return 1;
+    case DType::u16: return 2;
     case DType::f32:
     case DType::i32:
     case DType::u32: return 4;
@@ -24,6 +25,7 @@ const char* name_of(DType type) {
     case DType::f64: return "f64";
     case DType::i32: return "i32";
     case DType::u8: return "u8";
+    case DType::u16: return "u16";
     case DType::u32: return "u32";
     case DType::u64: return "u64";
   }

@@ -11,7 +11,7 @@
 namespace entrain {
 
 enum class Device : uint8_t { cpu, cuda };
-enum class DType : uint8_t { f32, f64, i32, u8, u32, u64 };
+enum class DType : uint8_t { f32, f64, i32, u8, u16, u32, u64 };
 
 size_t size_of(DType type);
 const char* name_of(DType type);
@@ -22,6 +22,7 @@ template <> constexpr DType dtype_of<float>() { return DType::f32; }
 template <> constexpr DType dtype_of<double>() { return DType::f64; }
 template <> constexpr DType dtype_of<int32_t>() { return DType::i32; }
 template <> constexpr DType dtype_of<uint8_t>() { return DType::u8; }
+template <> constexpr DType dtype_of<uint16_t>() { return DType::u16; }
 template <> constexpr DType dtype_of<uint32_t>() { return DType::u32; }
 template <> constexpr DType dtype_of<uint64_t>() { return DType::u64; }
 

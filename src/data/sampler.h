@@ -17,15 +17,15 @@ class Sampler {
 
   int64_t sequences() const;  // in one epoch
 
-  /// Fills tokens and targets ([batch, seq_len], i32) with sequences number first, first + 1, ... of
-  /// the endless stream; targets are the tokens one position on.
+  /// Fills tokens and targets ([batch, seq_len], i32) with sequences number first, first + 1, ...
+  /// of the endless stream; targets are the tokens one position on.
   void fill(int64_t first, Tensor tokens, Tensor targets);
 
  private:
   const TokenStore& store_;
   int64_t seq_len_;
   uint64_t seed_;
-  int64_t epoch_ = -1;              // whose order is in order_
+  int64_t epoch_ = -1;  // whose order is in order_
   std::vector<uint32_t> order_;
 };
 

@@ -1,9 +1,12 @@
 #pragma once
 // Token stores: HDF5 files of token ids, split into train and validation by document, read through
-// a memory map. Layout (h5ls explains it): /train/tokens, /validation/tokens (u16 or u32, 1-D,
-// contiguous), /<split>/document_offsets (u64, first token of each document, then the total);
-// attributes of the root: format, vocab_size, tokenizer, tokenizer_model (bytes), provenance (JSON),
-// and a checksum for each dataset.
+// a memory map. h5ls explains the layout; SPLIT is train or validation:
+//   /SPLIT/tokens            u16 (u32 for more than 65536 ids), one dimension, stored in one piece
+//   /SPLIT/document_offsets  u64, the first token of each document, then the number of tokens
+//   /tokenizer_model         u8, the serialized SentencePiece model; empty for bytes
+//   /manifest                u8, text: checksum, size and path of each file read, one a line
+// Attributes of the root: format, vocab_size, tokenizer, provenance (JSON). Every dataset but the
+// manifest carries crc32, its contents' checksum; HDF5 itself checks the manifest and the metadata.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -14,10 +17,12 @@ namespace entrain {
 
 enum class Split : uint8_t { train, validation };
 
+const char* name_of(Split split);
+
 class TokenStore {
  public:
   /// Throws Error when the file is missing, truncated, not a token store, or (verify) its checksums
-  /// do not match.
+  /// do not match or an id is not below vocab(). Verifying reads the whole file once.
   explicit TokenStore(const std::string& path, bool verify = true);
   ~TokenStore();
 
