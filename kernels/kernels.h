@@ -1,11 +1,11 @@
 #pragma once
-// Every kernel, declared once. A backend defines the members for its device in files that mirror each
-// other: cpu/NAME.cpp for Kernels<Device::cpu>. Kernels know tensors and nothing of models.
+// Every kernel, declared once. A backend defines the members for its device in files that mirror
+// each other: cpu/NAME.cpp for Kernels<Device::cpu>. Kernels know tensors and nothing of models.
 //
-// Conventions. Activations and their gradients are overwritten; gradients of parameters are added to
-// (names end in _sum). Matrices are row-major. B batch, N tokens of a sequence, T = B N tokens, Hq query
-// heads, Hkv key-value heads, g = Hq / Hkv, D head_dim, M = ceil(N / block) blocks. q is [B, Hq, N, D],
-// k and v are [B, Hkv, N, D], as strided views whose last stride is 1.
+// Conventions. Activations and their gradients are overwritten; gradients of parameters are added
+// to (names end in _sum). Matrices are row-major. B batch, N tokens of a sequence, T = B N tokens,
+// Hq query heads, Hkv key-value heads, g = Hq / Hkv, D head_dim, M = ceil(N / block) blocks. q is
+// [B, Hq, N, D], k and v are [B, Hkv, N, D], as strided views whose last stride is 1.
 #include "core/tensor.h"
 
 namespace entrain {
@@ -54,7 +54,8 @@ struct Kernels {
   void linear(Tensor x, Tensor w, Tensor y) const;
   void linear_backward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw_sum) const;
 
-  /// y = x rsqrt(mean(x^2) + eps) w over the last dimension; rstd [T] is kept for the backward pass.
+  /// y = x rsqrt(mean(x^2) + eps) w over the last dimension; rstd [T] is kept for the backward
+  /// pass.
   void rmsnorm(Tensor x, Tensor w, double eps, Tensor y, Tensor rstd) const;
   /// Adds to dx: the input of a norm is the residual stream.
   void rmsnorm_backward(Tensor dy, Tensor x, Tensor w, Tensor rstd, Tensor dx_sum,
@@ -77,8 +78,8 @@ struct Kernels {
   /// Rows that attend nothing give 0. keys: scratch [B, Hkv, N, D]. read: see ReadField, or empty.
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
                  Tensor keys, Tensor read) const;
-  /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's heads:
-  /// 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
+  /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's
+  /// heads: 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
   void attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
                           const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
                           Tensor scratch) const;

@@ -1,16 +1,17 @@
 // Softmax attention over per-query sets of key blocks: the engine of every method, full attention
 // included (an empty mask means every block).
 //
-// A task is a tile of about 512 (query, head) rows of one kv head. It walks the key blocks; for each, the
-// rows whose query attends it are gathered, 64 at a time, and go through S = Q K^T, exp, O += P V while the
-// 64 x block tile of S stays in the first-level cache: 4 D operations per attended pair forward, 10 D
-// backward, and nothing for pairs that are not attended. Forward is the online softmax of
-// FlashAttention (arXiv 2205.14135); backward recomputes P from lse.
+// A task is a tile of about 512 (query, head) rows of one kv head. It walks the key blocks; for
+// each, the rows whose query attends it are gathered, 64 at a time, and go through S = Q K^T, exp,
+// O += P V while the 64 x block tile of S stays in the first-level cache: 4 D operations per
+// attended pair forward, 10 D backward, and nothing for pairs that are not attended. Forward is the
+// online softmax of FlashAttention (arXiv 2205.14135); backward recomputes P from lse.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "kernels/cpu/by_type.h"
 #include "kernels/cpu/math.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/views.h"
@@ -18,7 +19,8 @@
 namespace entrain {
 namespace {
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
+template <class T>
+constexpr T infinity = std::numeric_limits<T>::infinity();
 
 /// Queries of a tile that attend one block, as offsets into the tile.
 class Picker {
@@ -51,8 +53,9 @@ class Picker {
 };
 
 /// Every block of x [B, Hkv, N, D], transposed: [B, Hkv, M, D, tokens of the block].
-void transpose_blocks(const Tensor& x, int64_t block, float* out) {
-  const HeadView view(x);
+template <class T>
+void transpose_blocks(const Tensor& x, int64_t block, T* out) {
+  const HeadView<T> view(x);
   const int64_t B = x[0], H = x[1], N = x[2], D = x[3], M = (N + block - 1) / block;
 #pragma omp parallel for collapse(3) schedule(static)
   for (int64_t b = 0; b < B; ++b) {
@@ -66,9 +69,11 @@ void transpose_blocks(const Tensor& x, int64_t block, float* out) {
   }
 }
 
-/// Copies picked queries' rows (g heads each) from a tile, or points at them where they lie in a row.
-const float* gather(const float* tile, const int32_t* picked, int64_t count, int64_t row,
-                    std::vector<float>& buffer) {
+/// Copies picked queries' rows (g heads each) from a tile, or points at them where they lie in a
+/// row.
+template <class T>
+const T* gather(const T* tile, const int32_t* picked, int64_t count, int64_t row,
+                std::vector<T>& buffer) {
   if (picked[count - 1] - picked[0] == count - 1) return tile + picked[0] * row;
   for (int64_t i = 0; i < count; ++i) {
     std::copy_n(tile + picked[i] * row, row, buffer.data() + i * row);
@@ -77,38 +82,43 @@ const float* gather(const float* tile, const int32_t* picked, int64_t count, int
 }
 
 /// The g heads of queries [first, first + count) as contiguous rows (query, head), times scale.
-void load_tile(const HeadView& x, const AttentionShape& s, int64_t b, int64_t r, int64_t first,
-               int64_t count, float scale, float* tile) {
+template <class T>
+void load_tile(const HeadView<T>& x, const AttentionShape& s, int64_t b, int64_t r, int64_t first,
+               int64_t count, T scale, T* tile) {
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t h = 0; h < s.g; ++h, tile += s.D) {
-      const float* from = x.at(b, r * s.g + h, first + i);
+      const T* from = x.at(b, r * s.g + h, first + i);
       for (int64_t d = 0; d < s.D; ++d) tile[d] = from[d] * scale;
     }
   }
 }
 
-void store_tile(const float* tile, const AttentionShape& s, int64_t b, int64_t r, int64_t first,
-                int64_t count, float scale, const HeadView& x) {
+template <class T>
+void store_tile(const T* tile, const AttentionShape& s, int64_t b, int64_t r, int64_t first,
+                int64_t count, T scale, const HeadView<T>& x) {
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t h = 0; h < s.g; ++h, tile += s.D) {
-      float* to = x.at(b, r * s.g + h, first + i);
+      T* to = x.at(b, r * s.g + h, first + i);
       for (int64_t d = 0; d < s.D; ++d) to[d] = tile[d] * scale;
     }
   }
 }
 
 /// A thread's memory; grows to what the largest shape needs and stays.
+template <class T>
 struct Scratch {
   std::vector<int32_t> picked;
-  std::vector<float> q, o, dout, dq;     // tiles
-  std::vector<float> row_max, row_sum, delta;
-  std::vector<float> gathered_q, gathered_o, s, ds, partial, correction;
+  std::vector<T> q, o, dout, dq;  // tiles
+  std::vector<T> row_max, row_sum, delta;
+  std::vector<T> gathered_q, gathered_o, s, ds, partial, correction;
 
   void reserve(const AttentionShape& shape, int64_t block, int64_t queries, bool backward) {
     const auto tile_rows = static_cast<size_t>(shape.tile() * shape.g);
     const auto rows = static_cast<size_t>(queries * shape.g);
     const auto D = static_cast<size_t>(shape.D), width = static_cast<size_t>(block);
-    auto grow = [](std::vector<float>& v, size_t n) { if (v.size() < n) v.resize(n); };
+    auto grow = [](std::vector<T>& v, size_t n) {
+      if (v.size() < n) v.resize(n);
+    };
     picked.reserve(static_cast<size_t>(shape.tile()));
     grow(q, tile_rows * D);
     grow(o, tile_rows * D);
@@ -127,72 +137,74 @@ struct Scratch {
   }
 };
 
-thread_local Scratch scratch_of_thread;
+template <class T>
+thread_local Scratch<T> scratch_of_thread;
 
 /// Queries whose rows go through the products together: about 64 rows.
-int64_t batch_of(const AttentionShape& s) { return std::max<int64_t>(1, 64 / s.g); }
+int64_t batch_of(const AttentionShape& s) {
+  return std::max<int64_t>(1, 64 / s.g);
+}
 
-}  // namespace
-
-template <>
-void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o,
-                                     Tensor lse, Tensor keys, Tensor read) const {
+template <class T>
+void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
+             Tensor keys, Tensor read) {
   const AttentionShape s(q.shape, k.shape);
-  const HeadView qv(q), vv(v), ov(o);
+  const HeadView<T> qv(q), vv(v), ov(o);
   const int64_t block = blocks.block, M = (s.N + block - 1) / block, batch = batch_of(s);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.D));
+  const T scale = T{1} / std::sqrt(static_cast<T>(s.D));
   const Picker picker(blocks, s);
-  const float* bias = blocks.bias ? blocks.bias.ptr<float>() : nullptr;
-  float* log_sums = lse.ptr<float>();
-  float* kt = keys.ptr<float>();
+  const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
+  T* log_sums = lse.ptr<T>();
+  T* kt = keys.ptr<T>();
   transpose_blocks(k, block, kt);
 
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
     for (int64_t b = 0; b < s.B; ++b) {
       for (int64_t r = 0; r < s.Hkv; ++r) {
-        Scratch& w = scratch_of_thread;
+        Scratch<T>& w = scratch_of_thread<T>;
         w.reserve(s, block, batch, false);
         const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
         const int64_t rows = count * s.g, row = s.g * s.D;
-        load_tile(qv, s, b, r, first, count, scale, w.q.data());
-        std::fill_n(w.o.begin(), rows * s.D, 0.0f);
-        std::fill_n(w.row_max.begin(), rows, -infinity);
-        std::fill_n(w.row_sum.begin(), rows, 0.0f);
+        load_tile<T>(qv, s, b, r, first, count, scale, w.q.data());
+        std::fill_n(w.o.begin(), rows * s.D, T{0});
+        std::fill_n(w.row_max.begin(), rows, -infinity<T>);
+        std::fill_n(w.row_sum.begin(), rows, T{0});
         double pairs = 0, visits = 0;
 
         for (int64_t c = 0; c * block < first + count; ++c) {
           const int64_t width = std::min(block, s.N - c * block);
-          const float* kt_block = kt + ((b * s.Hkv + r) * s.N + c * block) * s.D;
+          const T* kt_block = kt + ((b * s.Hkv + r) * s.N + c * block) * s.D;
           picker.pick(b, r, first, count, c, w.picked);
           visits += static_cast<double>(w.picked.size());
           for (size_t at = 0; at < w.picked.size(); at += static_cast<size_t>(batch)) {
             const int32_t* picked = w.picked.data() + at;
             const auto n = std::min<int64_t>(batch, static_cast<int64_t>(w.picked.size() - at));
-            const float* qg = gather(w.q.data(), picked, n, row, w.gathered_q);
-            tile::gemm(n * s.g, width, s.D, qg, s.D, int64_t{1}, kt_block, width, w.s.data(), width);
+            const T* qg = gather(w.q.data(), picked, n, row, w.gathered_q);
+            tile::gemm(n * s.g, width, s.D, qg, s.D, int64_t{1}, kt_block, width, w.s.data(),
+                       width);
             for (int64_t i = 0; i < n; ++i) {
               const int64_t token = first + picked[i];
               const int64_t visible = std::min(width, token - c * block + 1);
-              const float shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : 0.0f;
+              const T shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : T{0};
               pairs += static_cast<double>(visible);
               for (int64_t h = 0; h < s.g; ++h) {
-                float* p = w.s.data() + (i * s.g + h) * width;
+                T* p = w.s.data() + (i * s.g + h) * width;
                 const int64_t at_row = picked[i] * s.g + h;
-                float top = -infinity;
+                T top = -infinity<T>;
 #pragma omp simd reduction(max : top)
                 for (int64_t j = 0; j < visible; ++j) top = std::max(top, p[j]);
-                const float old_max = w.row_max[at_row];
-                const float new_max = std::max(old_max, top + shift);
-                const float offset = shift - new_max;
-                float sum = 0;
+                const T old_max = w.row_max[at_row];
+                const T new_max = std::max(old_max, top + shift);
+                const T offset = shift - new_max;
+                T sum = 0;
 #pragma omp simd reduction(+ : sum)
                 for (int64_t j = 0; j < visible; ++j) {
                   p[j] = fast_exp(p[j] + offset);
                   sum += p[j];
                 }
-                std::fill(p + visible, p + width, 0.0f);
-                const float correction = fast_exp(old_max - new_max);
+                std::fill(p + visible, p + width, T{0});
+                const T correction = fast_exp(old_max - new_max);
                 w.correction[i * s.g + h] = correction;
                 w.row_sum[at_row] = w.row_sum[at_row] * correction + sum;
                 w.row_max[at_row] = new_max;
@@ -201,23 +213,23 @@ void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSe
             tile::gemm(n * s.g, s.D, width, w.s.data(), width, int64_t{1}, vv.at(b, r, c * block),
                        vv.token_step, w.partial.data(), s.D);
             for (int64_t i = 0; i < n * s.g; ++i) {
-              float* out = w.o.data() + (picked[i / s.g] * s.g + i % s.g) * s.D;
-              const float* add = w.partial.data() + i * s.D;
-              const float correction = w.correction[i];
+              T* out = w.o.data() + (picked[i / s.g] * s.g + i % s.g) * s.D;
+              const T* add = w.partial.data() + i * s.D;
+              const T correction = w.correction[i];
               for (int64_t d = 0; d < s.D; ++d) out[d] = out[d] * correction + add[d];
             }
           }
         }
 
         for (int64_t i = 0; i < rows; ++i) {
-          const float sum = w.row_sum[i];
-          const float inverse = sum > 0 ? 1 / sum : sum;  // an empty row gives 0; NaN stays NaN
+          const T sum = w.row_sum[i];
+          const T inverse = sum > 0 ? 1 / sum : sum;  // an empty row gives 0; NaN stays NaN
           for (int64_t d = 0; d < s.D; ++d) w.o[i * s.D + d] *= inverse;
           // +infinity makes the backward pass of an empty row exp(-infinity) = 0.
           log_sums[(b * s.Hq + r * s.g + i % s.g) * s.N + first + i / s.g] =
-              sum == 0 ? infinity : w.row_max[i] + std::log(sum);
+              sum == 0 ? infinity<T> : w.row_max[i] + std::log(sum);
         }
-        store_tile(w.o.data(), s, b, r, first, count, 1, ov);
+        store_tile<T>(w.o.data(), s, b, r, first, count, 1, ov);
         if (read) {
           double* fields = read.ptr<double>() + r * read_fields;
 #pragma omp atomic
@@ -227,34 +239,29 @@ void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSe
 #pragma omp atomic
           fields[read_queries] += static_cast<double>(count);
 #pragma omp atomic
-          fields[read_causal] += static_cast<double>(count) * static_cast<double>(2 * first + count + 1) / 2;
+          fields[read_causal] +=
+              static_cast<double>(count) * static_cast<double>(2 * first + count + 1) / 2;
         }
       }
     }
   }
 }
 
-template <>
-int64_t Kernels<Device::cpu>::attention_backward_scratch(const Shape& q, const Shape& k) {
-  const AttentionShape s(q, k);
-  return k.numel() * (2 + 2 * s.parts());  // K^T and V^T, then each part's dK and dV
-}
-
-template <>
-void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout,
-                                              Tensor lse, const BlockSet& blocks, Tensor dq, Tensor dk,
-                                              Tensor dv, Tensor dbias, Tensor scratch) const {
+template <class T>
+void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
+              const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
+              Tensor scratch) {
   const AttentionShape s(q.shape, k.shape);
-  const HeadView qv(q), kv(k), ov(o), dov(dout), dqv(dq), dkv(dk), dvv(dv);
+  const HeadView<T> qv(q), kv(k), ov(o), dov(dout), dqv(dq), dkv(dk), dvv(dv);
   const int64_t block = blocks.block, M = (s.N + block - 1) / block, batch = batch_of(s);
   const int64_t size = k.numel(), per_head = s.N * s.D, parts = s.parts();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(s.D));
+  const T scale = T{1} / std::sqrt(static_cast<T>(s.D));
   const Picker picker(blocks, s);
-  const float* bias = blocks.bias ? blocks.bias.ptr<float>() : nullptr;
-  const float* log_sums = lse.ptr<float>();
-  float* kt = scratch.ptr<float>();
-  float* vt = kt + size;
-  float* sums = vt + size;  // [B, Hkv, parts, 2, N, D]
+  const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
+  const T* log_sums = lse.ptr<T>();
+  T* kt = scratch.ptr<T>();
+  T* vt = kt + size;
+  T* sums = vt + size;  // [B, Hkv, parts, 2, N, D]
   transpose_blocks(k, block, kt);
   transpose_blocks(v, block, vt);
 
@@ -262,28 +269,27 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t r = 0; r < s.Hkv; ++r) {
       for (int64_t part = 0; part < parts; ++part) {
-        Scratch& w = scratch_of_thread;
+        Scratch<T>& w = scratch_of_thread<T>;
         w.reserve(s, block, batch, true);
-        float* dk_part = sums + ((b * s.Hkv + r) * parts + part) * 2 * per_head;
-        float* dv_part = dk_part + per_head;
-        std::fill_n(dk_part, 2 * per_head, 0.0f);
+        T* dk_part = sums + ((b * s.Hkv + r) * parts + part) * 2 * per_head;
+        T* dv_part = dk_part + per_head;
+        std::fill_n(dk_part, 2 * per_head, T{0});
 
         for (int64_t t = part; t < s.tiles(); t += parts) {
           const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
           const int64_t rows = count * s.g, row = s.g * s.D;
-          load_tile(qv, s, b, r, first, count, scale, w.q.data());
-          load_tile(ov, s, b, r, first, count, 1, w.o.data());
-          load_tile(dov, s, b, r, first, count, 1, w.dout.data());
-          std::fill_n(w.dq.begin(), rows * s.D, 0.0f);
+          load_tile<T>(qv, s, b, r, first, count, scale, w.q.data());
+          load_tile<T>(ov, s, b, r, first, count, 1, w.o.data());
+          load_tile<T>(dov, s, b, r, first, count, 1, w.dout.data());
+          std::fill_n(w.dq.begin(), rows * s.D, T{0});
           for (int64_t i = 0; i < rows; ++i) {
-            float dot = 0;
+            T dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int64_t d = 0; d < s.D; ++d) dot += w.o[i * s.D + d] * w.dout[i * s.D + d];
             w.delta[i] = dot;
           }
-          float* dbias_tile =
-              dbias ? dbias.ptr<float>() + ((b * s.Hkv + r) * s.N + first) * M : nullptr;
-          if (dbias_tile) std::fill_n(dbias_tile, count * M, 0.0f);
+          T* dbias_tile = dbias ? dbias.ptr<T>() + ((b * s.Hkv + r) * s.N + first) * M : nullptr;
+          if (dbias_tile) std::fill_n(dbias_tile, count * M, T{0});
 
           for (int64_t c = 0; c * block < first + count; ++c) {
             const int64_t width = std::min(block, s.N - c * block);
@@ -293,30 +299,30 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
               const int32_t* picked = w.picked.data() + at;
               const auto n = std::min<int64_t>(batch, static_cast<int64_t>(w.picked.size() - at));
               const int64_t m = n * s.g;
-              const float* qg = gather(w.q.data(), picked, n, row, w.gathered_q);
-              const float* og = gather(w.dout.data(), picked, n, row, w.gathered_o);
+              const T* qg = gather(w.q.data(), picked, n, row, w.gathered_q);
+              const T* og = gather(w.dout.data(), picked, n, row, w.gathered_o);
               tile::gemm(m, width, s.D, qg, s.D, int64_t{1}, kt + offset, width, w.s.data(), width);
-              tile::gemm(m, width, s.D, og, s.D, int64_t{1}, vt + offset, width, w.ds.data(), width);
+              tile::gemm(m, width, s.D, og, s.D, int64_t{1}, vt + offset, width, w.ds.data(),
+                         width);
               for (int64_t i = 0; i < n; ++i) {
                 const int64_t token = first + picked[i];
                 const int64_t visible = std::min(width, token - c * block + 1);
-                const float shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : 0.0f;
-                float block_sum = 0;
+                const T shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : T{0};
+                T block_sum = 0;
                 for (int64_t h = 0; h < s.g; ++h) {
-                  float* p = w.s.data() + (i * s.g + h) * width;
-                  float* ds = w.ds.data() + (i * s.g + h) * width;
-                  const float lse_shift =
-                      shift - log_sums[(b * s.Hq + r * s.g + h) * s.N + token];
-                  const float delta = w.delta[picked[i] * s.g + h];
-                  float sum = 0;
+                  T* p = w.s.data() + (i * s.g + h) * width;
+                  T* ds = w.ds.data() + (i * s.g + h) * width;
+                  const T lse_shift = shift - log_sums[(b * s.Hq + r * s.g + h) * s.N + token];
+                  const T delta = w.delta[picked[i] * s.g + h];
+                  T sum = 0;
 #pragma omp simd reduction(+ : sum)
                   for (int64_t j = 0; j < visible; ++j) {
                     p[j] = fast_exp(p[j] + lse_shift);
                     ds[j] = p[j] * (ds[j] - delta);
                     sum += ds[j];
                   }
-                  std::fill(p + visible, p + width, 0.0f);
-                  std::fill(ds + visible, ds + width, 0.0f);
+                  std::fill(p + visible, p + width, T{0});
+                  std::fill(ds + visible, ds + width, T{0});
                   block_sum += sum;
                 }
                 if (dbias_tile) dbias_tile[picked[i] * M + c] = block_sum;
@@ -328,12 +334,12 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
               tile::gemm(m, s.D, width, w.ds.data(), width, int64_t{1}, kv.at(b, r, c * block),
                          kv.token_step, w.partial.data(), s.D);
               for (int64_t i = 0; i < m; ++i) {
-                float* out = w.dq.data() + (picked[i / s.g] * s.g + i % s.g) * s.D;
+                T* out = w.dq.data() + (picked[i / s.g] * s.g + i % s.g) * s.D;
                 for (int64_t d = 0; d < s.D; ++d) out[d] += w.partial[i * s.D + d];
               }
             }
           }
-          store_tile(w.dq.data(), s, b, r, first, count, scale, dqv);
+          store_tile<T>(w.dq.data(), s, b, r, first, count, scale, dqv);
         }
       }
     }
@@ -343,9 +349,9 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t r = 0; r < s.Hkv; ++r) {
       for (int64_t i = 0; i < s.N; ++i) {
-        const float* part = sums + (b * s.Hkv + r) * parts * 2 * per_head + i * s.D;
-        float* dk_row = dkv.at(b, r, i);
-        float* dv_row = dvv.at(b, r, i);
+        const T* part = sums + (b * s.Hkv + r) * parts * 2 * per_head + i * s.D;
+        T* dk_row = dkv.at(b, r, i);
+        T* dv_row = dvv.at(b, r, i);
         std::copy_n(part, s.D, dk_row);
         std::copy_n(part + per_head, s.D, dv_row);
         for (int64_t p = 1; p < parts; ++p) {
@@ -358,6 +364,30 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
       }
     }
   }
+}
+
+}  // namespace
+
+template <>
+void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o,
+                                     Tensor lse, Tensor keys, Tensor read) const {
+  by_type(q, [&]<class T>(T) { forward<T>(q, k, v, blocks, o, lse, keys, read); });
+}
+
+template <>
+void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout,
+                                              Tensor lse, const BlockSet& blocks, Tensor dq,
+                                              Tensor dk, Tensor dv, Tensor dbias,
+                                              Tensor scratch) const {
+  by_type(q, [&]<class T>(T) {
+    backward<T>(q, k, v, o, dout, lse, blocks, dq, dk, dv, dbias, scratch);
+  });
+}
+
+template <>
+int64_t Kernels<Device::cpu>::attention_backward_scratch(const Shape& q, const Shape& k) {
+  const AttentionShape s(q, k);
+  return k.numel() * (2 + 2 * s.parts());  // K^T and V^T, then each part's dK and dV
 }
 
 }  // namespace entrain

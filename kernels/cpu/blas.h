@@ -1,22 +1,34 @@
 #pragma once
-// The two BLAS calls of the project, by their Fortran names: every BLAS has them.
+// The BLAS calls of the project, by their Fortran names: every BLAS has them.
 #include <cstdint>
 
-extern "C" void sgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,
-                       const float* alpha, const float* a, const int* lda, const float* b,
-                       const int* ldb, const float* beta, float* c, const int* ldc);
+extern "C" {
+void sgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,
+            const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
+            const float* beta, float* c, const int* ldc);
+void dgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,
+            const double* alpha, const double* a, const int* lda, const double* b, const int* ldb,
+            const double* beta, double* c, const int* ldc);
+}
 
 namespace entrain {
 
-/// Row-major C [m, n] = op(A) op(B) + beta C, op the transpose where asked; leading dimensions in floats.
-inline void sgemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a,
-                  int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+/// Row-major C [m, n] = op(A) op(B) + beta C, op the transpose where asked; leading dimensions in
+/// elements.
+template <class T>
+void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
+          int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
   // Column-major BLAS sees every row-major matrix transposed: compute C^T = op(B)^T op(A)^T.
   const int im = static_cast<int>(n), in = static_cast<int>(m), ik = static_cast<int>(k);
   const int ia = static_cast<int>(ldb), ib = static_cast<int>(lda), ic = static_cast<int>(ldc);
-  const float one = 1;
-  sgemm_(transpose_b ? "T" : "N", transpose_a ? "T" : "N", &im, &in, &ik, &one, b, &ia, a, &ib, &beta,
-         c, &ic);
+  const char* op_a = transpose_b ? "T" : "N";
+  const char* op_b = transpose_a ? "T" : "N";
+  const T one = 1;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    sgemm_(op_a, op_b, &im, &in, &ik, &one, b, &ia, a, &ib, &beta, c, &ic);
+  } else {
+    dgemm_(op_a, op_b, &im, &in, &ik, &one, b, &ia, a, &ib, &beta, c, &ic);
+  }
 }
 
 }  // namespace entrain

@@ -1,10 +1,11 @@
-// DashAttention's router (arXiv 2605.18753): chunk summaries, entmax over them, the prior it puts on
-// blocks, and the way back. Scores are 1 / chunk of full attention's; everything here is double (see
-// entmax.h) and still a few percent of the step.
+// DashAttention's router (arXiv 2605.18753): chunk summaries, entmax over them, the prior it puts
+// on blocks, and the way back. Scores are 1 / chunk of full attention's; everything here is double
+// (see entmax.h) and still a few percent of the step.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu/by_type.h"
 #include "kernels/cpu/entmax.h"
 #include "kernels/cpu/tile.h"
 #include "kernels/cpu/views.h"
@@ -13,8 +14,8 @@ namespace entrain {
 namespace {
 
 /// a_t = softmax_t(s . k_t / sqrt(D)) over a chunk's tokens.
-void summary_weights(const float* k, int64_t step, const float* s, int64_t chunk, int64_t D,
-                     double* a) {
+template <class T>
+void summary_weights(const T* k, int64_t step, const T* s, int64_t chunk, int64_t D, double* a) {
   const double scale = 1 / std::sqrt(static_cast<double>(D));
   double top = -INFINITY;
   for (int64_t t = 0; t < chunk; ++t) {
@@ -42,7 +43,8 @@ struct Candidates {
 /// One tile of queries of one kv head: scores, entmax and the group's weights.
 class RoutedTile {
  public:
-  void load(const HeadView& q, const double* kbar, const AttentionShape& s,
+  template <class T>
+  void load(const HeadView<T>& q, const double* kbar, const AttentionShape& s,
             const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count) {
     const Candidates last(routing, (first + count - 1) / routing.chunk);
     width = last.count() > 0 ? last.end : 0;
@@ -52,7 +54,7 @@ class RoutedTile {
     grow(keys_t, width * s.D);
     grow(z, rows * width);
     for (int64_t i = 0; i < rows; ++i) {
-      const float* from = q.at(b, r * s.g + i % s.g, first + i / s.g);
+      const T* from = q.at(b, r * s.g + i % s.g, first + i / s.g);
       for (int64_t d = 0; d < s.D; ++d) queries[i * s.D + d] = scale * from[d];
     }
     tile::transpose(width, s.D, kbar, s.D, keys_t.data(), width);
@@ -81,7 +83,7 @@ class RoutedTile {
     if (v.size() < static_cast<size_t>(n)) v.resize(static_cast<size_t>(n));
   }
 
-  int64_t width = 0;  // candidates of the tile's last query
+  int64_t width = 0;            // candidates of the tile's last query
   std::vector<double> queries;  // [rows, D], times gamma / sqrt(D)
   std::vector<double> keys_t;   // [D, width]
   std::vector<double> z;        // [rows, width]
@@ -97,25 +99,27 @@ thread_local std::vector<double> chunk_of_thread;
 
 template <>
 void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const {
-  const HeadView kv(k);
-  const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
+  by_type(k, [&]<class T>(T) {
+    const HeadView<T> kv(k);
+    const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
 #pragma omp parallel for collapse(3) schedule(static)
-  for (int64_t b = 0; b < B; ++b) {
-    for (int64_t r = 0; r < H; ++r) {
-      for (int64_t c = 0; c < M; ++c) {
-        double* out = kbar.ptr<double>() + ((b * H + r) * M + c) * D;
-        std::fill_n(out, D, 0.0);
-        if ((c + 1) * chunk > N) continue;  // a trailing partial chunk has no summary
-        RoutedTile::grow(chunk_of_thread, chunk);
-        double* a = chunk_of_thread.data();
-        const float* keys = kv.at(b, r, c * chunk);
-        summary_weights(keys, kv.token_step, s.ptr<float>() + r * D, chunk, D, a);
-        for (int64_t t = 0; t < chunk; ++t) {
-          for (int64_t d = 0; d < D; ++d) out[d] += a[t] * keys[t * kv.token_step + d];
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t r = 0; r < H; ++r) {
+        for (int64_t c = 0; c < M; ++c) {
+          double* out = kbar.ptr<double>() + ((b * H + r) * M + c) * D;
+          std::fill_n(out, D, 0.0);
+          if ((c + 1) * chunk > N) continue;  // a trailing partial chunk has no summary
+          RoutedTile::grow(chunk_of_thread, chunk);
+          double* a = chunk_of_thread.data();
+          const T* keys = kv.at(b, r, c * chunk);
+          summary_weights(keys, kv.token_step, s.ptr<T>() + r * D, chunk, D, a);
+          for (int64_t t = 0; t < chunk; ++t) {
+            for (int64_t d = 0; d < D; ++d) out[d] += a[t] * keys[t * kv.token_step + d];
+          }
         }
       }
     }
-  }
+  });
 }
 
 // With e_t = dkbar . k_t: dk_t += a_t dkbar + a_t (e_t - mean) s / sqrt(D),
@@ -123,106 +127,112 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
 template <>
 void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar,
                                                    Tensor dk_sum, Tensor ds_sum) const {
-  const HeadView kv(k), dkv(dk_sum);
-  const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = dkbar[2];
-  const double scale = 1 / std::sqrt(static_cast<double>(D));
+  by_type(k, [&]<class T>(T) {
+    const HeadView<T> kv(k), dkv(dk_sum);
+    const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = dkbar[2];
+    const double scale = 1 / std::sqrt(static_cast<double>(D));
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t r = 0; r < H; ++r) {  // one thread a head: ds is summed in order
-    std::vector<double>& buffer = chunk_of_thread;
-    RoutedTile::grow(buffer, 2 * chunk + D);
-    double* a = buffer.data();
-    double* e = a + chunk;
-    double* ds = e + chunk;
-    std::fill_n(ds, D, 0.0);
-    const float* query = s.ptr<float>() + r * D;
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t c = 0; (c + 1) * chunk <= N; ++c) {
-        const float* keys = kv.at(b, r, c * chunk);
-        const double* dout = dkbar.ptr<double>() + ((b * H + r) * M + c) * D;
-        summary_weights(keys, kv.token_step, query, chunk, D, a);
-        double mean = 0;
-        for (int64_t t = 0; t < chunk; ++t) {
-          e[t] = 0;
-          for (int64_t d = 0; d < D; ++d) e[t] += dout[d] * keys[t * kv.token_step + d];
-          mean += a[t] * e[t];
-        }
-        for (int64_t t = 0; t < chunk; ++t) {
-          const double dscore = a[t] * (e[t] - mean) * scale;
-          float* dk = dkv.at(b, r, c * chunk + t);
-          for (int64_t d = 0; d < D; ++d) {
-            dk[d] += static_cast<float>(a[t] * dout[d] + dscore * query[d]);
-            ds[d] += dscore * keys[t * kv.token_step + d];
+    for (int64_t r = 0; r < H; ++r) {  // one thread a head: ds is summed in order
+      std::vector<double>& buffer = chunk_of_thread;
+      RoutedTile::grow(buffer, 2 * chunk + D);
+      double* a = buffer.data();
+      double* e = a + chunk;
+      double* ds = e + chunk;
+      std::fill_n(ds, D, 0.0);
+      const T* query = s.ptr<T>() + r * D;
+      for (int64_t b = 0; b < B; ++b) {
+        for (int64_t c = 0; (c + 1) * chunk <= N; ++c) {
+          const T* keys = kv.at(b, r, c * chunk);
+          const double* dout = dkbar.ptr<double>() + ((b * H + r) * M + c) * D;
+          summary_weights(keys, kv.token_step, query, chunk, D, a);
+          double mean = 0;
+          for (int64_t t = 0; t < chunk; ++t) {
+            e[t] = 0;
+            for (int64_t d = 0; d < D; ++d) e[t] += dout[d] * keys[t * kv.token_step + d];
+            mean += a[t] * e[t];
+          }
+          for (int64_t t = 0; t < chunk; ++t) {
+            const double dscore = a[t] * (e[t] - mean) * scale;
+            T* dk = dkv.at(b, r, c * chunk + t);
+            for (int64_t d = 0; d < D; ++d) {
+              dk[d] += static_cast<T>(a[t] * dout[d] + dscore * query[d]);
+              ds[d] += dscore * keys[t * kv.token_step + d];
+            }
           }
         }
       }
+      T* out = ds_sum.ptr<T>() + r * D;
+      for (int64_t d = 0; d < D; ++d) out[d] += static_cast<T>(ds[d]);
     }
-    float* out = ds_sum.ptr<float>() + r * D;
-    for (int64_t d = 0; d < D; ++d) out[d] += static_cast<float>(ds[d]);
-  }
+  });
 }
 
 template <>
 void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                                       const BlockSet& blocks, Tensor weights, Tensor read) const {
-  const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
-  const HeadView qv(q);
-  const int64_t M = kbar[2], words = blocks.mask[3];
+  by_type(q, [&]<class T>(T) {
+    const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
+    const HeadView<T> qv(q);
+    const int64_t M = kbar[2], words = blocks.mask[3];
 #pragma omp parallel for collapse(3) schedule(dynamic)
-  for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {
-    for (int64_t b = 0; b < s.B; ++b) {
-      for (int64_t r = 0; r < s.Hkv; ++r) {
-        RoutedTile& tile = tile_of_thread;
-        const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
-        tile.load(qv, kbar.ptr<double>() + (b * s.Hkv + r) * M * s.D, s, routing, b, r, first, count);
-        double entries = 0;
-        std::vector<double>& threshold = tile.dz;
-        RoutedTile::grow(threshold, s.g);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
-          const Candidates range(routing, own);
-          for (int64_t h = 0; h < s.g; ++h) {
-            const double* z = tile.z.data() + (i * s.g + h) * tile.width;
-            threshold[h] = range.count() > 0
-                               ? entmax_threshold(z + range.begin, range.count(), routing.alpha)
-                               : 0;
-            tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i] = threshold[h];
-          }
-          tile.weigh(routing, s.g, i, range, threshold.data());
-
-          uint64_t* mask = blocks.mask.ptr<uint64_t>() + at * words;
-          float* bias = blocks.bias.ptr<float>() + at * M;
-          std::fill_n(mask, words, 0);
-          std::fill_n(bias, M, 0.0f);
-          double sum = 0;
-          int64_t support = 0;
-          for (int64_t c = range.begin; c < range.end; ++c) {
-            if (tile.w[c] > 0) sum += std::log(tile.w[c] + routing.prior_eps), ++support;
-          }
-          const double mu = routing.center && support > 0 ? sum / static_cast<double>(support) : 0;
-          for (int64_t c = range.begin; c < range.end; ++c) {
-            if (!(tile.w[c] > 0)) continue;
-            mask[c / 64] |= uint64_t{1} << (c % 64);
-            bias[c] = static_cast<float>((std::log(tile.w[c] + routing.prior_eps) - mu) /
-                                         routing.sigma);
-          }
-          for (int64_t c = 0; c <= own; ++c) {
-            if (c < routing.init_blocks || c > own - routing.local_blocks) {
-              mask[c / 64] |= uint64_t{1} << (c % 64);
+    for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {
+      for (int64_t b = 0; b < s.B; ++b) {
+        for (int64_t r = 0; r < s.Hkv; ++r) {
+          RoutedTile& tile = tile_of_thread;
+          const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
+          tile.load(qv, kbar.ptr<double>() + (b * s.Hkv + r) * M * s.D, s, routing, b, r, first,
+                    count);
+          double entries = 0;
+          std::vector<double>& threshold = tile.dz;
+          RoutedTile::grow(threshold, s.g);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
+            const Candidates range(routing, own);
+            for (int64_t h = 0; h < s.g; ++h) {
+              const double* z = tile.z.data() + (i * s.g + h) * tile.width;
+              threshold[h] = range.count() > 0
+                                 ? entmax_threshold(z + range.begin, range.count(), routing.alpha)
+                                 : 0;
+              tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i] = threshold[h];
             }
+            tile.weigh(routing, s.g, i, range, threshold.data());
+
+            uint64_t* mask = blocks.mask.ptr<uint64_t>() + at * words;
+            T* bias = blocks.bias.ptr<T>() + at * M;
+            std::fill_n(mask, words, 0);
+            std::fill_n(bias, M, T{0});
+            double sum = 0;
+            int64_t support = 0;
+            for (int64_t c = range.begin; c < range.end; ++c) {
+              if (tile.w[c] > 0) sum += std::log(tile.w[c] + routing.prior_eps), ++support;
+            }
+            const double mu =
+                routing.center && support > 0 ? sum / static_cast<double>(support) : 0;
+            for (int64_t c = range.begin; c < range.end; ++c) {
+              if (!(tile.w[c] > 0)) continue;
+              mask[c / 64] |= uint64_t{1} << (c % 64);
+              bias[c] =
+                  static_cast<T>((std::log(tile.w[c] + routing.prior_eps) - mu) / routing.sigma);
+            }
+            for (int64_t c = 0; c <= own; ++c) {
+              if (c < routing.init_blocks || c > own - routing.local_blocks) {
+                mask[c / 64] |= uint64_t{1} << (c % 64);
+              }
+            }
+            entries += static_cast<double>(range.count());
+            if (!weights) continue;
+            T* w = weights.ptr<T>() + at * M;
+            std::fill_n(w, M, T{0});
+            for (int64_t c = range.begin; c < range.end; ++c) w[c] = static_cast<T>(tile.w[c]);
           }
-          entries += static_cast<double>(range.count());
-          if (!weights) continue;
-          float* w = weights.ptr<float>() + at * M;
-          std::fill_n(w, M, 0.0f);
-          for (int64_t c = range.begin; c < range.end; ++c) w[c] = static_cast<float>(tile.w[c]);
-        }
-        if (read) {
+          if (read) {
 #pragma omp atomic
-          read.ptr<double>()[r * read_fields + read_router] += entries;
+            read.ptr<double>()[r * read_fields + read_router] += entries;
+          }
         }
       }
     }
-  }
+  });
 }
 
 template <>
@@ -231,87 +241,89 @@ int64_t Kernels<Device::cpu>::dash_route_backward_scratch(const Shape& q, const 
   return kbar.numel() * s.parts();
 }
 
-// dl_c = (D_c - mean D) / sigma on the support, dw_c = dl_c / (w_c + eps), dwhat = dw / g, then entmax's
-// backward per head, then the two products with kbar and q.
+// dl_c = (D_c - mean D) / sigma on the support, dw_c = dl_c / (w_c + eps), dwhat = dw / g, then
+// entmax's backward per head, then the two products with kbar and q.
 template <>
 void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing,
-                                               Tensor tau, Tensor dbias, Tensor dq_sum, Tensor dkbar,
-                                               Tensor scratch) const {
-  const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
-  const HeadView qv(q), dqv(dq_sum);
-  const int64_t M = kbar[2], parts = s.parts(), per_head = M * s.D;
-  const double scale = *routing.gamma / std::sqrt(static_cast<double>(s.D));
-  double* sums = scratch.ptr<double>();  // [B, Hkv, parts, M, D]
+                                               Tensor tau, Tensor dbias, Tensor dq_sum,
+                                               Tensor dkbar, Tensor scratch) const {
+  by_type(q, [&]<class T>(T) {
+    const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
+    const HeadView<T> qv(q), dqv(dq_sum);
+    const int64_t M = kbar[2], parts = s.parts(), per_head = M * s.D;
+    const double scale = *routing.gamma / std::sqrt(static_cast<double>(s.D));
+    double* sums = scratch.ptr<double>();  // [B, Hkv, parts, M, D]
 #pragma omp parallel for collapse(3) schedule(dynamic)
-  for (int64_t b = 0; b < s.B; ++b) {
-    for (int64_t r = 0; r < s.Hkv; ++r) {
-      for (int64_t part = 0; part < parts; ++part) {
-        double* dk_part = sums + ((b * s.Hkv + r) * parts + part) * per_head;
-        const double* keys = kbar.ptr<double>() + (b * s.Hkv + r) * per_head;
-        std::fill_n(dk_part, per_head, 0.0);
-        RoutedTile& tile = tile_of_thread;
-        for (int64_t t = part; t < s.tiles(); t += parts) {
-          const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
-          const int64_t rows = count * s.g;
-          tile.load(qv, keys, s, routing, b, r, first, count);
-          const int64_t width = tile.width;
-          RoutedTile::grow(tile.dlogits, width);
-          RoutedTile::grow(tile.dw, width);
-          RoutedTile::grow(tile.dz, s.g + 1);
-          RoutedTile::grow(tile.dq, rows * s.D);
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (b * s.Hkv + r) * s.N + first + i;
-            const Candidates range(routing, (first + i) / routing.chunk);
-            for (int64_t h = 0; h < s.g; ++h) {
-              tile.dz[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t r = 0; r < s.Hkv; ++r) {
+        for (int64_t part = 0; part < parts; ++part) {
+          double* dk_part = sums + ((b * s.Hkv + r) * parts + part) * per_head;
+          const double* keys = kbar.ptr<double>() + (b * s.Hkv + r) * per_head;
+          std::fill_n(dk_part, per_head, 0.0);
+          RoutedTile& tile = tile_of_thread;
+          for (int64_t t = part; t < s.tiles(); t += parts) {
+            const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
+            const int64_t rows = count * s.g;
+            tile.load(qv, keys, s, routing, b, r, first, count);
+            const int64_t width = tile.width;
+            RoutedTile::grow(tile.dlogits, width);
+            RoutedTile::grow(tile.dw, width);
+            RoutedTile::grow(tile.dz, s.g + 1);
+            RoutedTile::grow(tile.dq, rows * s.D);
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t at = (b * s.Hkv + r) * s.N + first + i;
+              const Candidates range(routing, (first + i) / routing.chunk);
+              for (int64_t h = 0; h < s.g; ++h) {
+                tile.dz[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
+              }
+              tile.weigh(routing, s.g, i, range, tile.dz.data());
+              const T* block_sums = dbias.ptr<T>() + at * M;
+              double mean = 0;
+              int64_t support = 0;
+              for (int64_t c = range.begin; c < range.end; ++c) {
+                if (tile.w[c] > 0) mean += block_sums[c], ++support;
+              }
+              mean = routing.center && support > 0 ? mean / static_cast<double>(support) : 0;
+              for (int64_t c = range.begin; c < range.end; ++c) {
+                const double dl = (block_sums[c] - mean) / routing.sigma;
+                tile.dw[c] = tile.w[c] > 0
+                                 ? dl / (tile.w[c] + routing.prior_eps) / static_cast<double>(s.g)
+                                 : 0;
+              }
+              for (int64_t h = 0; h < s.g; ++h) {  // scores are done with: dz takes their place
+                double* dz = tile.z.data() + (i * s.g + h) * width;
+                entmax_row_backward(tile.p.data() + h * width + range.begin,
+                                    tile.dw.data() + range.begin, range.count(), routing.alpha,
+                                    dz + range.begin);
+                std::fill(dz, dz + std::min(range.begin, width), 0.0);
+                std::fill(dz + std::min(range.end, width), dz + width, 0.0);
+              }
             }
-            tile.weigh(routing, s.g, i, range, tile.dz.data());
-            const float* block_sums = dbias.ptr<float>() + at * M;
-            double mean = 0;
-            int64_t support = 0;
-            for (int64_t c = range.begin; c < range.end; ++c) {
-              if (tile.w[c] > 0) mean += block_sums[c], ++support;
-            }
-            mean = routing.center && support > 0 ? mean / static_cast<double>(support) : 0;
-            for (int64_t c = range.begin; c < range.end; ++c) {
-              const double dl = (block_sums[c] - mean) / routing.sigma;
-              tile.dw[c] = tile.w[c] > 0 ? dl / (tile.w[c] + routing.prior_eps) /
-                                               static_cast<double>(s.g)
-                                         : 0;
-            }
-            for (int64_t h = 0; h < s.g; ++h) {  // scores are done with: dz takes their place
-              double* dz = tile.z.data() + (i * s.g + h) * width;
-              entmax_row_backward(tile.p.data() + h * width + range.begin,
-                                  tile.dw.data() + range.begin, range.count(), routing.alpha,
-                                  dz + range.begin);
-              std::fill(dz, dz + std::min(range.begin, width), 0.0);
-              std::fill(dz + std::min(range.end, width), dz + width, 0.0);
-            }
-          }
-          // queries carry gamma / sqrt(D) already
-          tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, width, tile.queries.data(), s.D,
-                     dk_part, s.D, true);
-          tile::gemm(rows, s.D, width, tile.z.data(), width, int64_t{1}, keys, s.D, tile.dq.data(),
-                     s.D);
-          for (int64_t i = 0; i < rows; ++i) {
-            float* dq = dqv.at(b, r * s.g + i % s.g, first + i / s.g);
-            for (int64_t d = 0; d < s.D; ++d) {
-              dq[d] += static_cast<float>(scale * tile.dq[i * s.D + d]);
+            // queries carry gamma / sqrt(D) already
+            tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, width, tile.queries.data(), s.D,
+                       dk_part, s.D, true);
+            tile::gemm(rows, s.D, width, tile.z.data(), width, int64_t{1}, keys, s.D,
+                       tile.dq.data(), s.D);
+            for (int64_t i = 0; i < rows; ++i) {
+              T* dq = dqv.at(b, r * s.g + i % s.g, first + i / s.g);
+              for (int64_t d = 0; d < s.D; ++d) {
+                dq[d] += static_cast<T>(scale * tile.dq[i * s.D + d]);
+              }
             }
           }
         }
       }
     }
-  }
 #pragma omp parallel for collapse(2) schedule(static)
-  for (int64_t head = 0; head < s.B * s.Hkv; ++head) {
-    for (int64_t i = 0; i < per_head; ++i) {
-      const double* part = sums + head * parts * per_head + i;
-      double sum = part[0];
-      for (int64_t p = 1; p < parts; ++p) sum += part[p * per_head];
-      dkbar.ptr<double>()[head * per_head + i] = sum;
+    for (int64_t head = 0; head < s.B * s.Hkv; ++head) {
+      for (int64_t i = 0; i < per_head; ++i) {
+        const double* part = sums + head * parts * per_head + i;
+        double sum = part[0];
+        for (int64_t p = 1; p < parts; ++p) sum += part[p * per_head];
+        dkbar.ptr<double>()[head * per_head + i] = sum;
+      }
     }
-  }
+  });
 }
 
 }  // namespace entrain

@@ -1,5 +1,6 @@
 #include <cstring>
 
+#include "kernels/cpu/by_type.h"
 #include "kernels/kernels.h"
 
 namespace entrain {
@@ -16,12 +17,14 @@ void Kernels<Device::cpu>::copy(Tensor from, Tensor to) const {
 
 template <>
 void Kernels<Device::cpu>::add(Tensor a, Tensor b, Tensor y) const {
-  const float* pa = a.ptr<float>();
-  const float* pb = b.ptr<float>();
-  float* py = y.ptr<float>();
-  const int64_t n = y.numel();
+  by_type(y, [&]<class T>(T) {
+    const T* pa = a.ptr<T>();
+    const T* pb = b.ptr<T>();
+    T* py = y.ptr<T>();
+    const int64_t n = y.numel();
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < n; ++i) py[i] = pa[i] + pb[i];
+    for (int64_t i = 0; i < n; ++i) py[i] = pa[i] + pb[i];
+  });
 }
 
 }  // namespace entrain

@@ -2,9 +2,10 @@
 // alpha-entmax of one row (Peters, Niculae, Martins 2019, arXiv 1905.05702), in double: routing
 // divides by its results, so float's rounding near the threshold would show in the gradients.
 //
-// With a = (alpha - 1) z and r = 1 / (alpha - 1): p_c = max(0, a_c - tau)^r, sum p = 1. The threshold is
-// the root of h(tau) = ||(a - tau)+||_r - 1, which is convex and decreasing for r >= 1, so Newton's
-// steps from the left never overshoot: 4 to 8 of them for alpha = 1.5, a finite number for 2.
+// With a = (alpha - 1) z and r = 1 / (alpha - 1): p_c = max(0, a_c - tau)^r, sum p = 1. The
+// threshold is the root of h(tau) = ||(a - tau)+||_r - 1, which is convex and decreasing for r >=
+// 1, so Newton's steps from the left never overshoot: 4 to 8 of them for alpha = 1.5, a finite
+// number for 2.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu/by_type.h"
 #include "kernels/kernels.h"
 
 namespace entrain {
@@ -10,18 +11,20 @@ template <>
 double Kernels<Device::cpu>::sum_of_squares(Tensor x) const {
   constexpr int64_t strip = 1 << 14;
   const int64_t n = x.numel(), strips = (n + strip - 1) / strip;
-  const float* p = x.ptr<float>();
-  thread_local std::vector<double> partial;
-  std::vector<double>& sums = partial;  // the threads below must see this thread's
+  thread_local std::vector<double> memory;
+  std::vector<double>& sums = memory;  // the threads below must see this thread's
   sums.resize(static_cast<size_t>(strips));
+  by_type(x, [&]<class T>(T) {
+    const T* p = x.ptr<T>();
 #pragma omp parallel for schedule(static)
-  for (int64_t s = 0; s < strips; ++s) {
-    double sum = 0;
-    const int64_t end = std::min(n, (s + 1) * strip);
+    for (int64_t s = 0; s < strips; ++s) {
+      double sum = 0;
+      const int64_t end = std::min(n, (s + 1) * strip);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = s * strip; i < end; ++i) sum += static_cast<double>(p[i]) * p[i];
-    sums[static_cast<size_t>(s)] = sum;
-  }
+      for (int64_t i = s * strip; i < end; ++i) sum += static_cast<double>(p[i]) * p[i];
+      sums[static_cast<size_t>(s)] = sum;
+    }
+  });
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
@@ -31,23 +34,25 @@ template <>
 void Kernels<Device::cpu>::adamw(Tensor w, Tensor g, Tensor m, Tensor v, double g_scale, double lr,
                                  double beta1, double beta2, double c1, double c2, double eps,
                                  double decay) const {
-  const int64_t n = w.numel();
-  float* pw = w.ptr<float>();
-  float* pg = g.ptr<float>();
-  float* pm = m.ptr<float>();
-  float* pv = v.ptr<float>();
-  const auto b1 = static_cast<float>(beta1), b2 = static_cast<float>(beta2);
-  const auto step = static_cast<float>(lr / c1), inverse_c2 = static_cast<float>(1 / c2);
-  const auto keep = static_cast<float>(1 - lr * decay), scale = static_cast<float>(g_scale);
-  const auto small = static_cast<float>(eps);
+  by_type(w, [&]<class T>(T) {
+    const int64_t n = w.numel();
+    T* pw = w.ptr<T>();
+    T* pg = g.ptr<T>();
+    T* pm = m.ptr<T>();
+    T* pv = v.ptr<T>();
+    const auto b1 = static_cast<T>(beta1), b2 = static_cast<T>(beta2);
+    const auto step = static_cast<T>(lr / c1), inverse_c2 = static_cast<T>(1 / c2);
+    const auto keep = static_cast<T>(1 - lr * decay), scale = static_cast<T>(g_scale);
+    const auto small = static_cast<T>(eps);
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < n; ++i) {
-    const float grad = pg[i] * scale;
-    pm[i] = b1 * pm[i] + (1 - b1) * grad;
-    pv[i] = b2 * pv[i] + (1 - b2) * grad * grad;
-    pw[i] = keep * pw[i] - step * pm[i] / (std::sqrt(pv[i] * inverse_c2) + small);
-    pg[i] = 0;
-  }
+    for (int64_t i = 0; i < n; ++i) {
+      const T grad = pg[i] * scale;
+      pm[i] = b1 * pm[i] + (1 - b1) * grad;
+      pv[i] = b2 * pv[i] + (1 - b2) * grad * grad;
+      pw[i] = keep * pw[i] - step * pm[i] / (std::sqrt(pv[i] * inverse_c2) + small);
+      pg[i] = 0;
+    }
+  });
 }
 
 }  // namespace entrain

@@ -1,7 +1,7 @@
 #pragma once
-// Matrix products of tiles that fit the caches, for one thread. The micro-kernel keeps an MR x 2-vector
-// block of C in registers and streams rows of B past it; GCC's vector types map to whatever the
-// target has. Large products go to BLAS instead (linear.cpp).
+// Matrix products of tiles that fit the caches, for one thread. The micro-kernel keeps an MR x
+// 2-vector block of C in registers and streams rows of B past it; GCC's vector types map to
+// whatever the target has. Large products go to BLAS instead (linear.cpp).
 #include <cstdint>
 #include <cstring>
 
@@ -63,8 +63,8 @@ inline void rows_of(int64_t m, int64_t depth, const T* a, int64_t row_step, int6
   }
 }
 
-/// C [m, n] = (or +=) A [m, depth] B [depth, n], C and B row-major, A by its two steps: (lda, 1) for
-/// a row-major A, (1, lda) for the transpose of a row-major [depth, m].
+/// C [m, n] = (or +=) A [m, depth] B [depth, n], C and B row-major, A by its two steps: (lda, 1)
+/// for a row-major A, (1, lda) for the transpose of a row-major [depth, m].
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t depth, const T* a, int64_t row_step, int64_t depth_step,
           const T* b, int64_t ldb, T* c, int64_t ldc, bool add = false) {

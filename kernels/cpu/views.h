@@ -1,5 +1,6 @@
 #pragma once
-// What the attention kernels share: plain pointers into [B, H, N, D] views, and the partition of work.
+// What the attention kernels share: plain pointers into [B, H, N, D] views, and the partition of
+// work.
 #include <cstdint>
 
 #include "kernels/kernels.h"
@@ -7,13 +8,17 @@
 namespace entrain {
 
 /// Rows of a [B, H, N, D] view whose last stride is 1.
+template <class T>
 struct HeadView {
-  float* data;
+  T* data;
   int64_t batch_step, head_step, token_step;
 
   explicit HeadView(const Tensor& t)
-      : data(t.ptr<float>()), batch_step(t.stride[0]), head_step(t.stride[1]), token_step(t.stride[2]) {}
-  float* at(int64_t b, int64_t h, int64_t i) const {
+      : data(t.ptr<T>()),
+        batch_step(t.stride[0]),
+        head_step(t.stride[1]),
+        token_step(t.stride[2]) {}
+  T* at(int64_t b, int64_t h, int64_t i) const {
     return data + b * batch_step + h * head_step + i * token_step;
   }
 };
@@ -29,8 +34,9 @@ struct AttentionShape {
   /// Queries handled together: about 512 (query, head) rows.
   int64_t tile() const { return g >= 32 ? 16 : 512 / g; }
   int64_t tiles() const { return (N + tile() - 1) / tile(); }
-  /// Tiles of one kv head are dealt to this many tasks, each with its own sums over queries, added up in
-  /// order afterwards. It depends on the shape alone, so results do not depend on the threads.
+  /// Tiles of one kv head are dealt to this many tasks, each with its own sums over queries, added
+  /// up in order afterwards. It depends on the shape alone, so results do not depend on the
+  /// threads.
   int64_t parts() const {
     const int64_t wanted = (16 + B * Hkv - 1) / (B * Hkv);
     return wanted < tiles() ? wanted : tiles();

@@ -1,6 +1,6 @@
-// DashAttention (arXiv 2605.18753): chunk summaries learned from the keys are scored by alpha-entmax, whose
-// support picks the chunks of each query and whose weights become a prior of the token softmax. The
-// prior's gradient trains queries, keys and summaries alike.
+// DashAttention (arXiv 2605.18753): chunk summaries learned from the keys are scored by
+// alpha-entmax, whose support picks the chunks of each query and whose weights become a prior of
+// the token softmax. The prior's gradient trains queries, keys and summaries alike.
 #include "attention/registry.h"
 
 namespace entrain {
@@ -53,9 +53,10 @@ class DashAttention : public AttentionMethod {
     if (tape.training()) {
       dbias = tape.scratch(blocks.bias.shape);
       dkbar = tape.scratch(kbar.shape, DType::f64);
-      token_scratch = tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
-      route_scratch =
-          tape.scratch({kernels.dash_route_backward_scratch(q.value.shape, kbar.shape)}, DType::f64);
+      token_scratch =
+          tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
+      route_scratch = tape.scratch({kernels.dash_route_backward_scratch(q.value.shape, kbar.shape)},
+                                   DType::f64);
     }
     tape.record(
         "attention", o.value, q.grad,
@@ -63,8 +64,8 @@ class DashAttention : public AttentionMethod {
           kernels.attention(q.value, k.value, v.value, blocks, o.value, lse, keys, read);
         },
         [=] {
-          kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks, q.grad,
-                                     k.grad, v.grad, dbias, token_scratch);
+          kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,
+                                     q.grad, k.grad, v.grad, dbias, token_scratch);
           kernels.dash_route_backward(q.value, kbar, routing, tau, dbias, q.grad, dkbar,
                                       route_scratch);
           kernels.dash_summaries_backward(k.value, summary.value, routing.chunk, dkbar, k.grad,

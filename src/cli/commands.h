@@ -1,6 +1,6 @@
 #pragma once
-// The subcommands of entrain, one file each: NAME.cpp defines add_NAME, which declares the command's
-// options and sets the callback that runs it.
+// The subcommands of entrain, one file each: NAME.cpp defines add_NAME, which declares the
+// command's options and sets the callback that runs it.
 #include <CLI/CLI.hpp>
 
 namespace entrain::cli {

@@ -1,6 +1,6 @@
-// entrain op METHOD --in x.h5 --out y.h5: one operation on tensors from a file, so that our code can be
-// held against anyone else's. A group of the file is a case: attributes are parameters, in/* the inputs;
-// out/* and, where in/dout is given, grad/* are written.
+// entrain op METHOD --in x.h5 --out y.h5: one operation on tensors from a file, so that our code
+// can be held against anyone else's. A group of the file is a case: attributes are parameters, in/*
+// the inputs; out/* and, where in/dout is given, grad/* are written.
 #include <bit>
 #include <filesystem>
 #include <functional>
@@ -18,7 +18,10 @@ namespace {
 /// One group: reads inputs and parameters, collects results and writes them.
 class Case {
  public:
-  Case(const h5::File& in, std::string group) : in_(in), group_(std::move(group)) {}
+  Case(const h5::File& in, std::string group, DType real)
+      : real(real), in_(in), group_(std::move(group)) {}
+
+  const DType real;  // type of the arithmetic
 
   bool has(const std::string& name) const { return in_.has(group_ + "/in/" + name); }
   std::vector<std::string> inputs() const { return in_.datasets(group_ + "/in"); }
@@ -27,8 +30,9 @@ class Case {
     const std::string path = group_ + "/in/" + name;
     require(in_.has(path), "{}: case {} has no input in/{}", in_.path(), group_, name);
     const Shape shape = in_.shape(path);
-    require(shape.rank == rank && shape.numel() > 0, "{}: {} has shape {}; {} dimensions are needed",
-            in_.path(), path, shape.to_string(), rank);
+    require(shape.rank == rank && shape.numel() > 0,
+            "{}: {} has shape {}; {} dimensions are needed", in_.path(), path, shape.to_string(),
+            rank);
     const Tensor t = make(shape, dtype);
     in_.read(path, t);
     return t;
@@ -45,14 +49,15 @@ class Case {
   std::string text(const std::string& name) const { return in_.text(group_, name); }
   std::string where() const { return in_.path() + ": case " + group_; }
 
-  Tensor make(Shape shape, DType dtype = DType::f32) {
+  Tensor make(Shape shape) { return make(shape, real); }
+  Tensor make(Shape shape, DType dtype) {
     memory_.emplace_back(static_cast<size_t>(shape.numel()) * size_of(dtype), Device::cpu);
     return Tensor::of(memory_.back().data(), shape, dtype);
   }
-  Tensor result(const std::string& name, Shape shape, DType dtype = DType::f32) {
+  Tensor result(const std::string& name, Shape shape) { return result(name, shape, real); }
+  Tensor result(const std::string& name, Shape shape, DType dtype) {
     return results_[name] = make(shape, dtype);
   }
-  void result(const std::string& name, Tensor value) { results_[name] = value; }
 
   void write(h5::File& out) const {
     for (const auto& [name, value] : results_) {
@@ -76,23 +81,24 @@ void check_alpha(const Case& c, double alpha) {
 void run_entmax(Case& c) {
   const double alpha = c.parameter("alpha", 1.5);
   check_alpha(c, alpha);
-  const Tensor z = c.input("z", DType::f32, 2), length = c.input("length", DType::i32, 1);
+  const Tensor z = c.input("z", c.real, 2), length = c.input("length", DType::i32, 1);
   require(length[0] == z[0], "{}: {} lengths for {} rows", c.where(), length[0], z[0]);
   for (int64_t r = 0; r < z[0]; ++r) {
     const int32_t n = length.ptr<int32_t>()[r];
-    require(n >= 0 && n <= z[1], "{}: length {} of row {} is not in [0, {}]", c.where(), n, r, z[1]);
+    require(n >= 0 && n <= z[1], "{}: length {} of row {} is not in [0, {}]", c.where(), n, r,
+            z[1]);
   }
   const Tensor p = c.result("out/out", z.shape);
   kernels.entmax(z, length, alpha, p);
   if (!c.has("dout")) return;
-  const Tensor dout = c.input("dout", DType::f32, 2);
+  const Tensor dout = c.input("dout", c.real, 2);
   kernels.entmax_backward(p, dout, alpha, c.result("grad/z", z.shape));
 }
 
 /// Inputs and results that full and dash share.
 struct Attention {
   explicit Attention(Case& c)
-      : q(c.input("q", DType::f32, 4)), k(c.input("k", DType::f32, 4)), v(c.input("v", DType::f32, 4)) {
+      : q(c.input("q", c.real, 4)), k(c.input("k", c.real, 4)), v(c.input("v", c.real, 4)) {
     require(k.shape == v.shape && k[0] == q[0] && k[2] == q[2] && k[3] == q[3] && q[1] % k[1] == 0,
             "{}: q {}, k {} and v {} do not fit together", c.where(), q.shape.to_string(),
             k.shape.to_string(), v.shape.to_string());
@@ -101,7 +107,7 @@ struct Attention {
     keys = c.make(k.shape);
     read = c.make({k[1], read_fields}, DType::f64);
     if (!c.has("dout")) return;
-    dout = c.input("dout", DType::f32, 4);
+    dout = c.input("dout", c.real, 4);
     require(dout.shape == q.shape, "{}: dout {} is not of the shape of q {}", c.where(),
             dout.shape.to_string(), q.shape.to_string());
     dq = c.result("grad/q", q.shape);
@@ -117,12 +123,13 @@ void run_full(Case& c) {
   const Attention a(c);
   kernels.attention(a.q, a.k, a.v, {}, a.o, a.lse, a.keys, a.read);
   if (!a.dout) return;
-  kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, {}, a.dq, a.dk, a.dv, {}, a.scratch);
+  kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, {}, a.dq, a.dk, a.dv, {},
+                             a.scratch);
 }
 
 void run_dash(Case& c) {
   const Attention a(c);
-  const Tensor summary = c.input("summary_query", DType::f32, 2);
+  const Tensor summary = c.input("summary_query", c.real, 2);
   const int64_t B = a.q[0], Hq = a.q[1], N = a.q[2], D = a.q[3], Hkv = a.k[1];
   require(summary[0] == Hkv && summary[1] == D, "{}: summary_query {} does not fit k {}", c.where(),
           summary.shape.to_string(), a.k.shape.to_string());
@@ -136,8 +143,10 @@ void run_dash(Case& c) {
                             .local_blocks = static_cast<int64_t>(c.parameter("local_blocks", 1)),
                             .gamma = &gamma};
   check_alpha(c, routing.alpha);
-  require(routing.chunk > 0 && routing.init_blocks >= 0 && routing.local_blocks >= 0 && routing.sigma > 0,
-          "{}: chunk and sigma must be positive, init_blocks and local_blocks not negative", c.where());
+  require(routing.chunk > 0 && routing.init_blocks >= 0 && routing.local_blocks >= 0 &&
+              routing.sigma > 0,
+          "{}: chunk and sigma must be positive, init_blocks and local_blocks not negative",
+          c.where());
 
   const int64_t M = (N + routing.chunk - 1) / routing.chunk;
   const Tensor kbar = c.make({B, Hkv, M, D}, DType::f64), tau = c.make({B, Hq, N}, DType::f64);
@@ -152,7 +161,8 @@ void run_dash(Case& c) {
   const Tensor active = c.result("out/active", {B, Hkv, N}, DType::i32);
   for (int64_t i = 0; i < active.numel(); ++i) {
     for (int64_t word = 0; word < blocks.mask[3]; ++word) {
-      active.ptr<int32_t>()[i] += std::popcount(blocks.mask.ptr<uint64_t>()[i * blocks.mask[3] + word]);
+      active.ptr<int32_t>()[i] +=
+          std::popcount(blocks.mask.ptr<uint64_t>()[i * blocks.mask[3] + word]);
     }
   }
   double pairs = 0, causal = 0;
@@ -160,11 +170,12 @@ void run_dash(Case& c) {
     pairs += a.read.ptr<double>()[r * read_fields + read_pairs];
     causal += a.read.ptr<double>()[r * read_fields + read_causal];
   }
-  c.result("out/density", {1}).ptr<float>()[0] = static_cast<float>(pairs / causal);
+  c.result("out/density", {1}, DType::f64).ptr<double>()[0] = pairs / causal;
   if (!a.dout) return;
 
   const Tensor dbias = c.make(blocks.bias.shape), dkbar = c.make(kbar.shape, DType::f64);
-  const Tensor scratch = c.make({kernels.dash_route_backward_scratch(a.q.shape, kbar.shape)}, DType::f64);
+  const Tensor scratch =
+      c.make({kernels.dash_route_backward_scratch(a.q.shape, kbar.shape)}, DType::f64);
   kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, blocks, a.dq, a.dk, a.dv, dbias,
                              a.scratch);
   kernels.dash_route_backward(a.q, kbar, routing, tau, dbias, a.dq, dkbar, scratch);
@@ -174,16 +185,15 @@ void run_dash(Case& c) {
 
 /// A small decoder whose parameters are inputs under their Hugging Face names.
 void run_model(Case& c) {
-  const AttentionConfig attention{
-      .method = c.text("method"),
-      .chunk = static_cast<int>(c.parameter("chunk", 64)),
-      .alpha = c.parameter("alpha", 1.5),
-      .gamma = c.parameter("gamma", 1),
-      .sigma = c.parameter("sigma", 1e6),
-      .prior_eps = c.parameter("prior_eps", 0),
-      .center = c.parameter("center", 1) != 0,
-      .init_blocks = static_cast<int>(c.parameter("init_blocks", 0)),
-      .local_blocks = static_cast<int>(c.parameter("local_blocks", 1))};
+  const AttentionConfig attention{.method = c.text("method"),
+                                  .chunk = static_cast<int>(c.parameter("chunk", 64)),
+                                  .alpha = c.parameter("alpha", 1.5),
+                                  .gamma = c.parameter("gamma", 1),
+                                  .sigma = c.parameter("sigma", 1e6),
+                                  .prior_eps = c.parameter("prior_eps", 0),
+                                  .center = c.parameter("center", 1) != 0,
+                                  .init_blocks = static_cast<int>(c.parameter("init_blocks", 0)),
+                                  .local_blocks = static_cast<int>(c.parameter("local_blocks", 1))};
   auto whole = [&](const char* name) { return static_cast<int>(c.required(name)); };
   const ModelConfig model{.n_layer = whole("L"),
                           .d_model = whole("d"),
@@ -195,7 +205,8 @@ void run_model(Case& c) {
                           .rope_theta = c.parameter("theta", 10000),
                           .norm_eps = c.parameter("eps", 1e-5),
                           .tie_embeddings = !c.has("lm_head.weight")};
-  const Tensor tokens = c.input("tokens", DType::i32, 2), targets = c.input("targets", DType::i32, 2);
+  const Tensor tokens = c.input("tokens", DType::i32, 2),
+               targets = c.input("targets", DType::i32, 2);
   require(tokens.shape == targets.shape, "{}: tokens {} and targets {} differ in shape", c.where(),
           tokens.shape.to_string(), targets.shape.to_string());
   for (int64_t i = 0; i < tokens.numel(); ++i) {
@@ -205,9 +216,9 @@ void run_model(Case& c) {
               model.vocab);
     }
   }
-  Decoder decoder(model, attention, tokens[1], 0, true, Device::cpu);
+  Decoder decoder(model, attention, tokens[1], 0, true, Device::cpu, c.real);
   for (const Param& p : decoder.params().all()) {
-    const Tensor value = c.input(p.name, DType::f32, p.value.shape.rank);
+    const Tensor value = c.input(p.name, c.real, p.value.shape.rank);
     require(value.shape == p.value.shape, "{}: in/{} is {}, not {}", c.where(), p.name,
             value.shape.to_string(), p.value.shape.to_string());
     kernels.copy(value, p.value);
@@ -227,15 +238,16 @@ void run_model(Case& c) {
       if (logits) kernels.copy(logits, c.result("out/logits", {tokens[0], tokens[1], model.vocab}));
       if (!loss) continue;
       double sum = 0;
-      for (int64_t i = 0; i < T; ++i) sum += loss.ptr<float>()[i];
-      c.result("out/loss", {1}).ptr<float>()[0] = static_cast<float>(sum / static_cast<double>(T));
+      for (int64_t i = 0; i < T; ++i) {
+        sum += c.real == DType::f64 ? loss.ptr<double>()[i] : loss.ptr<float>()[i];
+      }
+      c.result("out/loss", {1}, DType::f64).ptr<double>()[0] = sum / static_cast<double>(T);
     }
   };
-  run({}, [&](Tape& tape) { logits = decoder.logits(tape, tokens); });
+  run({.dtype = c.real}, [&](Tape& tape) { logits = decoder.logits(tape, tokens); });
   logits = {};
-  run({.training = true}, [&](Tape& tape) {
-    loss = decoder.loss(tape, tokens, targets, 1 / static_cast<double>(T));
-  });
+  run({.dtype = c.real, .training = true},
+      [&](Tape& tape) { loss = decoder.loss(tape, tokens, targets, 1 / static_cast<double>(T)); });
   for (const Param& p : decoder.params().all()) {
     kernels.copy(p.grad, c.result("grad/" + p.name, p.value.shape));
   }
@@ -245,11 +257,12 @@ const std::map<std::string, void (*)(Case&)> operations = {
     {"entmax", run_entmax}, {"full", run_full}, {"dash", run_dash}, {"model", run_model}};
 
 struct Options {
-  std::string operation, in, out, device = "cpu", dtype = "f32";
+  std::string operation, in, out, device = "cpu", dtype = "f64";
 };
 
 void run(const Options& options) {
-  require(!std::filesystem::exists(options.out) || !std::filesystem::equivalent(options.in, options.out),
+  require(!std::filesystem::exists(options.out) ||
+              !std::filesystem::equivalent(options.in, options.out),
           "--in and --out are the same file {}", options.in);
   const h5::File in = h5::File::open(options.in);
   const std::string partial = options.out + ".partial";
@@ -257,7 +270,7 @@ void run(const Options& options) {
   const std::vector<std::string> groups = in.groups();
   require(!groups.empty(), "{} has no groups; each is a case with in/* tensors", options.in);
   for (const std::string& group : groups) {
-    Case c(in, group);
+    Case c(in, group, options.dtype == "f64" ? DType::f64 : DType::f32);
     operations.at(options.operation)(c);
     c.write(out);
   }
@@ -277,9 +290,13 @@ void add_op(CLI::App& app) {
       ->check(CLI::IsMember(names));
   op->add_option("--in", options->in, "groups with in/* tensors and parameters as attributes")
       ->required();
-  op->add_option("--out", options->out, "gets out/* and, where in/dout is given, grad/*")->required();
+  op->add_option("--out", options->out, "gets out/* and, where in/dout is given, grad/*")
+      ->required();
   op->add_option("--device", options->device, "where to run")->check(CLI::IsMember({"cpu"}));
-  op->add_option("--dtype", options->dtype, "arithmetic")->check(CLI::IsMember({"f32"}));
+  op->add_option("--dtype", options->dtype,
+                 "arithmetic: f64, the definition, or f32, what training uses")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "f64"}));
   op->footer("Example: entrain op dash --in dash.h5 --out mine.h5");
   op->callback([options] { run(*options); });
 }

@@ -11,7 +11,9 @@ constexpr size_t alignment = 256;
 // Uncommitted arenas hand out addresses from here: never dereferenced, but distinct from null.
 constexpr uintptr_t counting_base = size_t{1} << 40;
 
-size_t round_up(size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+size_t round_up(size_t bytes) {
+  return (bytes + alignment - 1) / alignment * alignment;
+}
 
 }  // namespace
 
@@ -26,9 +28,13 @@ Buffer::Buffer(size_t bytes, Device device) : bytes_(bytes), device_(device) {
   std::memset(data_, 0, round_up(bytes));
 }
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() {
+  std::free(data_);
+}
 
-Buffer::Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+Buffer::Buffer(Buffer&& other) noexcept {
+  *this = std::move(other);
+}
 
 Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(data_, other.data_);

@@ -16,33 +16,39 @@ uint64_t hash(const std::string& name) {
 
 }  // namespace
 
-Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device) {
+Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device,
+               DType dtype) {
   int64_t total = 0;
   for (const ParamSpec& spec : specs) total += spec.shape.numel();
   Tensor* flat[] = {&values_, &grads_, &m_, &v_};
   for (int i = 0; i < (training ? 4 : 1); ++i) {
-    memory_[i] = Buffer(static_cast<size_t>(total) * sizeof(float), device);
-    *flat[i] = Tensor::of(memory_[i].data(), {total}, DType::f32, device);
+    memory_[i] = Buffer(static_cast<size_t>(total) * size_of(dtype), device);
+    *flat[i] = Tensor::of(memory_[i].data(), {total}, dtype, device);
   }
   int64_t at = 0;
   for (const ParamSpec& spec : specs) {
     const int64_t n = spec.shape.numel();
-    auto window = [&](const Tensor& t) { return t ? t.slice(0, at, n).view(spec.shape) : Tensor{}; };
+    auto window = [&](const Tensor& t) {
+      return t ? t.slice(0, at, n).view(spec.shape) : Tensor{};
+    };
     params_.push_back(
         {spec.name, window(values_), window(grads_), window(m_), window(v_), spec.decay});
     Rng rng(seed, hash(spec.name));
-    float* value = params_.back().value.ptr<float>();
-    for (int64_t i = 0; i < n; ++i) {
-      value[i] = static_cast<float>(
-          spec.init_mean + (spec.init_std > 0 ? spec.init_std * rng.normal() : 0.0));
-    }
+    auto fill = [&](auto* value) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double noise = spec.init_std > 0 ? spec.init_std * rng.normal() : 0.0;
+        value[i] = static_cast<std::remove_reference_t<decltype(*value)>>(spec.init_mean + noise);
+      }
+    };
+    const Tensor value = params_.back().value;
+    dtype == DType::f64 ? fill(value.ptr<double>()) : fill(value.ptr<float>());
     at += n;
   }
 }
 
 const Param& Params::get(const std::string& name) const {
-  const auto it = std::find_if(params_.begin(), params_.end(),
-                               [&](const Param& p) { return p.name == name; });
+  const auto it =
+      std::find_if(params_.begin(), params_.end(), [&](const Param& p) { return p.name == name; });
   require(it != params_.end(), "the model has no parameter {}", name);
   return *it;
 }
@@ -50,7 +56,8 @@ const Param& Params::get(const std::string& name) const {
 Tensor Params::grads(size_t first, size_t count) const {
   int64_t n = 0;
   for (size_t i = first; i < first + count; ++i) n += params_[i].grad.numel();
-  return Tensor::of(params_[first].grad.data, {n});
+  const Tensor& begin = params_[first].grad;
+  return Tensor::of(begin.data, {n}, begin.dtype, begin.device);
 }
 
 Param Params::packed(const std::string& first, int count) const {
@@ -62,8 +69,8 @@ Param Params::packed(const std::string& first, int count) const {
   auto widen = [&](const Tensor& t) {
     return t ? Tensor::of(t.data, shape, t.dtype, t.device) : Tensor{};
   };
-  return {first, widen(begin.value), widen(begin.grad), widen(begin.m), widen(begin.v),
-          begin.decay};
+  return {first,          widen(begin.value), widen(begin.grad),
+          widen(begin.m), widen(begin.v),     begin.decay};
 }
 
 }  // namespace entrain

@@ -1,6 +1,7 @@
 #pragma once
-// All parameters of a model in four flat buffers (values, gradients, both moments), so that clipping,
-// AdamW and communication run over a few long vectors. A Param is a named window into each.
+// All parameters of a model in four flat buffers (values, gradients, both moments), so that
+// clipping, AdamW and communication run over a few long vectors. A Param is a named window into
+// each.
 #include <string>
 #include <vector>
 
@@ -11,10 +12,10 @@
 namespace entrain {
 
 struct Param {
-  std::string name;  // Hugging Face's Llama name
-  Tensor value;      // f32
-  Tensor grad;       // accumulated with +=, cleared by the optimizer
-  Tensor m, v;       // AdamW's first and second moment
+  std::string name;   // Hugging Face's Llama name
+  Tensor value;       // f32
+  Tensor grad;        // accumulated with +=, cleared by the optimizer
+  Tensor m, v;        // AdamW's first and second moment
   bool decay = true;  // weight decay applies
 
   Var var() const { return {value, grad}; }
@@ -24,7 +25,7 @@ struct Param {
 struct ParamSpec {
   std::string name;
   Shape shape;
-  double init_std = 0.0;   // normal with this deviation
+  double init_std = 0.0;  // normal with this deviation
   double init_mean = 0.0;
   bool decay = true;
 };
@@ -33,13 +34,14 @@ class Params {
  public:
   /// Creates all parameters in order, each initialised from (seed, its name), so that models that
   /// share a name and shape share the values. Without moments where training is not wanted.
-  Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device);
+  Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device,
+         DType dtype = DType::f32);
 
   const std::vector<Param>& all() const { return params_; }
   std::vector<Param>& all() { return params_; }
   const Param& get(const std::string& name) const;  // throws Error
-  /// A window over `count` parameters [out_i, in] that were created one after the other, as one matrix
-  /// [sum out_i, in]: q, k and v (gate and up) are multiplied in one product.
+  /// A window over `count` parameters [out_i, in] that were created one after the other, as one
+  /// matrix [sum out_i, in]: q, k and v (gate and up) are multiplied in one product.
   Param packed(const std::string& first, int count) const;
 
   int64_t numel() const { return values_.numel(); }

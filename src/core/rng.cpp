@@ -23,7 +23,9 @@ uint64_t philox(uint64_t key, uint64_t high, uint64_t low) {
 
 }  // namespace
 
-uint64_t Rng::next() { return philox(seed_, stream_, position_++); }
+uint64_t Rng::next() {
+  return philox(seed_, stream_, position_++);
+}
 
 uint64_t Rng::below(uint64_t bound) {
   const uint64_t limit = UINT64_MAX - UINT64_MAX % bound;  // draws at or above it would be biased
@@ -32,7 +34,9 @@ uint64_t Rng::below(uint64_t bound) {
   return x % bound;
 }
 
-double Rng::uniform() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
+double Rng::uniform() {
+  return static_cast<double>(next() >> 11) * 0x1.0p-53;
+}
 
 double Rng::normal() {
   const double u = 1.0 - uniform(), v = uniform();

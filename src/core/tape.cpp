@@ -1,5 +1,6 @@
 #include "core/tape.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -7,15 +8,27 @@
 namespace entrain {
 namespace {
 
+/// Whether all elements are finite; dimension by dimension, since attention writes strided views.
 bool finite(const Tensor& t) {
-  if (!t || t.dtype != DType::f32) return true;
-  // Views are checked as their rows lie, which is exact for whole tensors and enough for slices.
-  const float* p = t.ptr<float>();
-  const int64_t n = t.contiguous() ? t.numel() : 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (!std::isfinite(p[i])) return false;
+  if (!t || t.numel() == 0) return true;
+  if (t.shape.rank > 1) {
+    for (int64_t i = 0; i < t[0]; ++i) {
+      Tensor inner = t.slice(0, i, 1);
+      std::copy(inner.shape.extent.begin() + 1, inner.shape.extent.end(),
+                inner.shape.extent.begin());
+      std::copy(inner.stride.begin() + 1, inner.stride.end(), inner.stride.begin());
+      --inner.shape.rank;
+      if (!finite(inner)) return false;
+    }
+    return true;
   }
-  return true;
+  auto all = [&](const auto* p) {
+    for (int64_t i = 0; i < t[0]; ++i) {
+      if (!std::isfinite(p[i * t.stride[0]])) return false;
+    }
+    return true;
+  };
+  return t.dtype == DType::f64 ? all(t.ptr<double>()) : all(t.ptr<float>());
 }
 
 }  // namespace
@@ -29,7 +42,7 @@ void TapeMemory::rewind() {
 }
 
 Var Tape::var(Shape shape) {
-  return {memory_.values.alloc(shape), training() ? memory_.grads.alloc(shape) : Tensor{}};
+  return {keep(shape), training() ? memory_.grads.alloc(shape, dtype()) : Tensor{}};
 }
 
 Var Tape::shared_var(Shape shape) {
@@ -37,8 +50,6 @@ Var Tape::shared_var(Shape shape) {
   if (v.grad) shared_grads_.push_back(v.grad);
   return v;
 }
-
-Tensor Tape::scratch(Shape shape, DType dtype) { return memory_.scratch.alloc(shape, dtype); }
 
 void Tape::record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
                   std::function<void()> backward) {
@@ -68,7 +79,9 @@ Var Tape::block(const std::string& name, Var x, const std::function<Var(Var)>& b
   return result;
 }
 
-void Tape::after_backward(std::function<void()> f) { record("", {}, {}, {}, std::move(f)); }
+void Tape::after_backward(std::function<void()> f) {
+  record("", {}, {}, {}, std::move(f));
+}
 
 void Tape::run_forward(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) {
@@ -80,7 +93,9 @@ void Tape::clear_grads() {
   for (const Tensor& grad : shared_grads_) std::memset(grad.data, 0, grad.bytes());
 }
 
-void Tape::forward() { run_forward(0, entries_.size()); }
+void Tape::forward() {
+  run_forward(0, entries_.size());
+}
 
 void Tape::backward() {
   clear_grads();

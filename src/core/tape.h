@@ -1,6 +1,6 @@
 #pragma once
-// The tape records a computation once and runs it every step: each op adds one entry with a forward and
-// a backward closure over tensors whose addresses never change. Recording on memory that is not
+// The tape records a computation once and runs it every step: each op adds one entry with a forward
+// and a backward closure over tensors whose addresses never change. Recording on memory that is not
 // committed yet predicts its size; nothing is allocated when the tape runs.
 #include <functional>
 #include <string>
@@ -30,7 +30,8 @@ struct TapeMemory {
 class Tape {
  public:
   struct Options {
-    bool training = false;   // allocate gradients and record backward closures
+    DType dtype = DType::f32;  // of activations and gradients
+    bool training = false;     // allocate gradients and record backward closures
     bool recompute = false;  // keep only the inputs of blocks; run their forward again in backward
   };
 
@@ -39,24 +40,28 @@ class Tape {
   Tape& operator=(const Tape&) = delete;
 
   bool training() const { return options_.training; }
+  DType dtype() const { return options_.dtype; }
 
   /// An activation. Its gradient is written once, by the backward of its one consumer.
   Var var(Shape shape);
   /// An activation with several consumers: its gradient starts at 0 and they add to it.
   Var shared_var(Shape shape);
   /// Kept from forward to backward.
-  Tensor keep(Shape shape, DType dtype = DType::f32) { return memory_.values.alloc(shape, dtype); }
-  /// Valid within one closure; all ops share it. Each call of one op must follow the others of that op.
-  Tensor scratch(Shape shape, DType dtype = DType::f32);
+  Tensor keep(Shape shape) { return keep(shape, dtype()); }
+  Tensor keep(Shape shape, DType dtype) { return memory_.values.alloc(shape, dtype); }
+  /// Valid within one closure; all ops share it. Each call of one op must follow the others of that
+  /// op.
+  Tensor scratch(Shape shape) { return scratch(shape, dtype()); }
+  Tensor scratch(Shape shape, DType dtype) { return memory_.scratch.alloc(shape, dtype); }
 
-  /// Adds an op. `value` is what forward writes, `grad` what backward writes or adds to; both are what
-  /// first_non_finite() looks at, and may be empty.
+  /// Adds an op. `value` is what forward writes, `grad` what backward writes or adds to; both are
+  /// what first_non_finite() looks at, and may be empty.
   void record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
               std::function<void()> backward = {});
 
-  /// Records body(x) as a unit of memory: what it allocates is given back for the next block where the
-  /// mode allows, and only its result stays. The result must share x's gradient, as the residual
-  /// stream does.
+  /// Records body(x) as a unit of memory: what it allocates is given back for the next block where
+  /// the mode allows, and only its result stays. The result must share x's gradient, as the
+  /// residual stream does.
   Var block(const std::string& name, Var x, const std::function<Var(Var)>& body);
 
   /// The backward pass calls f when it is done with everything recorded after this point.
@@ -65,7 +70,8 @@ class Tape {
   void forward();
   void backward();
 
-  /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if none.
+  /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if
+  /// none.
   std::string first_non_finite();
 
  private:

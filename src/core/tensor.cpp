@@ -8,26 +8,37 @@ namespace entrain {
 
 size_t size_of(DType type) {
   switch (type) {
-    case DType::u8: return 1;
-    case DType::u16: return 2;
+    case DType::u8:
+      return 1;
+    case DType::u16:
+      return 2;
     case DType::f32:
     case DType::i32:
-    case DType::u32: return 4;
+    case DType::u32:
+      return 4;
     case DType::f64:
-    case DType::u64: return 8;
+    case DType::u64:
+      return 8;
   }
   fail("unknown type of tensor");
 }
 
 const char* name_of(DType type) {
   switch (type) {
-    case DType::f32: return "f32";
-    case DType::f64: return "f64";
-    case DType::i32: return "i32";
-    case DType::u8: return "u8";
-    case DType::u16: return "u16";
-    case DType::u32: return "u32";
-    case DType::u64: return "u64";
+    case DType::f32:
+      return "f32";
+    case DType::f64:
+      return "f64";
+    case DType::i32:
+      return "i32";
+    case DType::u8:
+      return "u8";
+    case DType::u16:
+      return "u16";
+    case DType::u32:
+      return "u32";
+    case DType::u64:
+      return "u64";
   }
   return "?";
 }
@@ -85,8 +96,8 @@ Tensor Tensor::slice(int dim, int64_t begin, int64_t length) const {
 }
 
 Tensor Tensor::split(int dim, int64_t inner) const {
-  require(shape.rank < Shape::max_rank && shape[dim] % inner == 0, "cannot split dimension {} of {} by {}",
-          dim, shape.to_string(), inner);
+  require(shape.rank < Shape::max_rank && shape[dim] % inner == 0,
+          "cannot split dimension {} of {} by {}", dim, shape.to_string(), inner);
   const auto d = static_cast<size_t>(dim);
   Tensor t = *this;
   ++t.shape.rank;

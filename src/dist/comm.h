@@ -15,8 +15,8 @@ class Comm {
   virtual int size() const = 0;
 
   /// Starts summing a contiguous f32 tensor over all ranks in place; wait() completes every sum
-  /// started since the last one. The tensor must not be touched in between. Every rank starts the same
-  /// sums in the same order; the result is bitwise the same on all ranks and from run to run.
+  /// started since the last one. The tensor must not be touched in between. Every rank starts the
+  /// same sums in the same order; the result is bitwise the same on all ranks and from run to run.
   virtual void start_sum(Tensor x) = 0;
   virtual void wait() = 0;
 
@@ -30,12 +30,12 @@ class Comm {
   [[noreturn]] virtual void abort(int code) = 0;
 };
 
-/// MPI when this process was started by mpirun or srun, otherwise a single process. Call once, before
-/// threads start; the object finalizes MPI when it is destroyed.
+/// MPI when this process was started by mpirun or srun, otherwise a single process. Call once,
+/// before threads start; the object finalizes MPI when it is destroyed.
 std::unique_ptr<Comm> make_comm();
 
-/// Throws Error on every rank, naming `what` and the first differing rank, unless all ranks pass the
-/// same text (configurations, checkpoint names, vocabulary hashes).
+/// Throws Error on every rank, naming `what` and the first differing rank, unless all ranks pass
+/// the same text (configurations, checkpoint names, vocabulary hashes).
 void require_same(Comm& comm, const std::string& what, const std::string& text);
 
 }  // namespace entrain

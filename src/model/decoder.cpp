@@ -7,10 +7,12 @@
 namespace entrain {
 namespace {
 
-std::string layer_prefix(int64_t i) { return fmt::format("model.layers.{}.", i); }
+std::string layer_prefix(int64_t i) {
+  return fmt::format("model.layers.{}.", i);
+}
 
-/// Parameters of the decoder, in the order of the forward pass. Projections start as in GPT-2: normal
-/// 0.02, those that write to the residual stream smaller by sqrt(2 n_layer).
+/// Parameters of the decoder, in the order of the forward pass. Projections start as in GPT-2:
+/// normal 0.02, those that write to the residual stream smaller by sqrt(2 n_layer).
 std::vector<ParamSpec> decoder_params(const ModelConfig& c, const AttentionMethod& attention) {
   const double std = 0.02, out_std = std / std::sqrt(2.0 * c.n_layer);
   const int64_t d = c.d_model, D = c.head_dim, f = c.d_ff, q = c.n_head * D, kv = c.n_kv_head * D;
@@ -59,14 +61,14 @@ Var view(Var x, Shape shape) {
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
-                 uint64_t seed, bool training, Device device)
+                 uint64_t seed, bool training, Device device, DType dtype)
     : config_(model),
       attention_(make_attention(attention)),
-      params_(decoder_params(model, *attention_), seed, training, device),
+      params_(decoder_params(model, *attention_), seed, training, device, dtype),
       params_per_layer_(9 + attention_->params(model.n_kv_head, model.head_dim).size()) {
   const Shape table{max_tokens, model.head_dim};
-  rope_memory_ = Buffer(static_cast<size_t>(table.numel()) * sizeof(float), device);
-  cos_sin_ = Tensor::of(rope_memory_.data(), table, DType::f32, device);
+  rope_memory_ = Buffer(static_cast<size_t>(table.numel()) * size_of(dtype), device);
+  cos_sin_ = Tensor::of(rope_memory_.data(), table, dtype, device);
   ops::rope_table(cos_sin_, model.rope_theta);
   const Shape read{model.n_layer, model.n_kv_head, read_fields};
   read_memory_ = Buffer(static_cast<size_t>(read.numel()) * sizeof(double), device);
@@ -77,7 +79,9 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
   const std::string p = layer_prefix(index);
   const int64_t Hq = config_.n_head, Hkv = config_.n_kv_head, D = config_.head_dim;
   auto weight = [&](const char* name) { return params_.get(p + name).var(); };
-  auto packed = [&](const char* first, int count) { return params_.packed(p + first, count).var(); };
+  auto packed = [&](const char* first, int count) {
+    return params_.packed(p + first, count).var();
+  };
 
   Var h = ops::rmsnorm(tape, x, weight("input_layernorm.weight"), config_.norm_eps);
   Var qkv = ops::linear(tape, h, packed("self_attn.q_proj.weight", 3));
@@ -114,10 +118,12 @@ Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final) {
     tape.after_backward([=] { grads_final(grads); });
   };
   announce(0, 1);
-  Var x = ops::embedding(tape, tokens.view({B * N}), params_.get("model.embed_tokens.weight").var());
+  Var x =
+      ops::embedding(tape, tokens.view({B * N}), params_.get("model.embed_tokens.weight").var());
   for (int64_t i = 0; i < config_.n_layer; ++i) {
     announce(1 + static_cast<size_t>(i) * params_per_layer_, params_per_layer_);
-    x = tape.block(fmt::format("layers.{}", i), x, [&](Var in) { return layer(tape, i, in, B, N); });
+    x = tape.block(fmt::format("layers.{}", i), x,
+                   [&](Var in) { return layer(tape, i, in, B, N); });
   }
   announce(1 + static_cast<size_t>(config_.n_layer) * params_per_layer_,
            config_.tie_embeddings ? 1 : 2);
@@ -137,7 +143,8 @@ Tensor Decoder::logits(Tape& tape, Tensor tokens) {
 int64_t Decoder::matmul_params() const {
   int64_t n = head().value.numel();
   for (const Param& p : params_.all()) {
-    if (p.value.shape.rank == 2 && p.name != "lm_head.weight" && p.name != "model.embed_tokens.weight") {
+    if (p.value.shape.rank == 2 && p.name != "lm_head.weight" &&
+        p.name != "model.embed_tokens.weight") {
       n += p.value.numel();
     }
   }

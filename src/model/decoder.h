@@ -1,6 +1,6 @@
 #pragma once
-// The Llama-shaped decoder: pre-norm RMSNorm, rotary positions, grouped-query attention by any method,
-// SwiGLU. Parameter names are Hugging Face's.
+// The Llama-shaped decoder: pre-norm RMSNorm, rotary positions, grouped-query attention by any
+// method, SwiGLU. Parameter names are Hugging Face's.
 #include <functional>
 #include <memory>
 
@@ -16,8 +16,8 @@ class Decoder {
   /// Called in the backward pass with each stretch of gradients as soon as it is final.
   using GradsFinal = std::function<void(Tensor flat)>;
 
-  Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens, uint64_t seed,
-          bool training, Device device);
+  Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
+          uint64_t seed, bool training, Device device, DType dtype = DType::f32);
 
   const ModelConfig& config() const { return config_; }
   Params& params() { return params_; }

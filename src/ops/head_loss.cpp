@@ -11,9 +11,8 @@ Tensor head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale) {
   const Tensor loss = tape.keep({T});
   const Tensor logits = tape.scratch({strip, V});
   const Kernels<Device::cpu> k;
-  tape.record("head_loss", loss, x.grad, [=] {
-    k.head_loss(x.value, w.value, targets, scale, loss, x.grad, w.grad, logits);
-  });
+  tape.record("head_loss", loss, x.grad,
+              [=] { k.head_loss(x.value, w.value, targets, scale, loss, x.grad, w.grad, logits); });
   return loss;
 }
 

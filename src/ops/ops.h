@@ -1,6 +1,7 @@
 #pragma once
-// Differentiable operations of the decoder. Each records its forward and its handwritten backward on the
-// tape (one file an op). Weights are Vars too: their gradients are added to. T = batch x tokens.
+// Differentiable operations of the decoder. Each records its forward and its handwritten backward
+// on the tape (one file an op). Weights are Vars too: their gradients are added to. T = batch x
+// tokens.
 #include "core/tape.h"
 
 namespace entrain::ops {
@@ -14,20 +15,23 @@ Var linear(Tape& tape, Var x, Var w);
 /// RMSNorm of x [T, d] with weight w [d]; adds to x's gradient.
 Var rmsnorm(Tape& tape, Var x, Var w, double eps);
 
-/// Turns the heads x [B, H, N, D] (a view) in place by their positions. cos_sin [N, D] from rope_table().
+/// Turns the heads x [B, H, N, D] (a view) in place by their positions. cos_sin [N, D] from
+/// rope_table().
 void rope(Tape& tape, Var x, Tensor cos_sin);
-/// Writes cosines, then sines, of position * theta^(-2j/D) for each position (row) of cos_sin [N, D].
+/// Writes cosines, then sines, of position * theta^(-2j/D) for each position (row) of cos_sin [N,
+/// D].
 void rope_table(Tensor cos_sin, double theta);
 
 /// silu(gate) * up of gate_up [T, 2 f].
 Var swiglu(Tape& tape, Var gate_up);
 
-/// x + branch. The result shares x's gradient: the residual stream has one from end to end, which the
-/// norm before each branch adds to.
+/// x + branch. The result shares x's gradient: the residual stream has one from end to end, which
+/// the norm before each branch adds to.
 Var residual(Tape& tape, Var x, Var branch);
 
-/// The head's cross-entropy: loss [T] in nats of targets i32 [T] under softmax(x w^T). When training, the
-/// gradients of scale * sum(loss) are computed along the way, while the logits are there.
+/// The head's cross-entropy: loss [T] in nats of targets i32 [T] under softmax(x w^T). When
+/// training, the gradients of scale * sum(loss) are computed along the way, while the logits are
+/// there.
 Tensor head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale);
 
 }  // namespace entrain::ops

@@ -5,8 +5,8 @@
 namespace entrain {
 
 struct OptimConfig {
-  double lr = 3.0e-4;  // peak
-  int warmup = 0;      // steps of linear rise from 0
+  double lr = 3.0e-4;               // peak
+  int warmup = 0;                   // steps of linear rise from 0
   std::string schedule = "cosine";  // cosine | linear | constant, after warm-up, down to min_lr
   double min_lr = 0.0;
   double beta1 = 0.9;

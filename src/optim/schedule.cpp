@@ -11,8 +11,9 @@ namespace entrain {
 double learning_rate(const OptimConfig& c, int64_t step, int64_t steps) {
   if (step <= c.warmup) return c.lr * static_cast<double>(step) / c.warmup;
   if (c.schedule == "constant") return c.lr;
-  const double done = std::min(
-      1.0, static_cast<double>(step - c.warmup) / static_cast<double>(std::max<int64_t>(1, steps - c.warmup)));
+  const double done =
+      std::min(1.0, static_cast<double>(step - c.warmup) /
+                        static_cast<double>(std::max<int64_t>(1, steps - c.warmup)));
   if (c.schedule == "linear") return c.lr + (c.min_lr - c.lr) * done;
   require(c.schedule == "cosine", "unknown train.schedule {}; known are cosine, linear, constant",
           c.schedule);

@@ -5,8 +5,8 @@
 
 namespace entrain {
 
-/// The learning rate of step `step` (from 1) of `steps`: linear warm-up to lr, then down to min_lr by a
-/// half cosine or a line, or constant.
+/// The learning rate of step `step` (from 1) of `steps`: linear warm-up to lr, then down to min_lr
+/// by a half cosine or a line, or constant.
 double learning_rate(const OptimConfig& config, int64_t step, int64_t steps);
 
 }  // namespace entrain

@@ -17,12 +17,12 @@ struct DataConfig {
 
 struct TrainConfig {
   int64_t steps = 0;
-  int global_batch = 0;      // sequences an optimizer step sees, over all ranks
-  int micro_batch = 0;       // sequences a rank holds at once, at most
+  int global_batch = 0;  // sequences an optimizer step sees, over all ranks
+  int micro_batch = 0;   // sequences a rank holds at once, at most
   uint64_t seed = 1;
-  std::string init_from;     // run folder or checkpoint whose parameters to start from
-  bool recompute = false;    // recompute activations per block in the backward pass
-  int log_every = 10;        // steps between console lines
+  std::string init_from;   // run folder or checkpoint whose parameters to start from
+  bool recompute = false;  // recompute activations per block in the backward pass
+  int log_every = 10;      // steps between console lines
   OptimConfig optim;
 };
 
@@ -32,8 +32,8 @@ struct CheckpointConfig {
 };
 
 struct EvalConfig {
-  int64_t every = 250;   // steps; 0: only at the end
-  int sequences = 64;    // of the validation split
+  int64_t every = 250;  // steps; 0: only at the end
+  int sequences = 64;   // of the validation split
 };
 
 struct RunConfig {
@@ -46,8 +46,8 @@ struct RunConfig {
   std::string dir;  // run.dir
 };
 
-/// Reads a YAML file, then applies overrides "section.key=value". Throws Error naming file, line and
-/// the nearest valid key for an unknown key, a wrong type, a missing or impossible value.
+/// Reads a YAML file, then applies overrides "section.key=value". Throws Error naming file, line
+/// and the nearest valid key for an unknown key, a wrong type, a missing or impossible value.
 RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides);
 
 /// Checks combinations that one key alone cannot show (divisibility, ranges, floors of density).
