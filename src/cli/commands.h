@@ -1,9 +1,18 @@
 #pragma once
-// The subcommands of entrain, one file each: NAME.cpp defines add_NAME, which declares the command's
-// options and sets the callback that runs it.
+// The subcommands of entrain, one file each: NAME.cpp defines add_NAME, which declares the
+// command's options and sets the callback that runs it.
 #include <CLI/CLI.hpp>
 
 namespace entrain::cli {
+
+/// What the program's exit code says. A callback that returns is `done`; thrown errors choose
+/// `failed` or, for ConfigError, `refused`; `throw CLI::RuntimeError(stopped)` ends with any other.
+enum ExitCode : int {
+  done = 0,
+  failed = 1,
+  refused = 2,  // wrong usage or configuration, before any work
+  stopped = 3,  // by a signal, after saving a checkpoint
+};
 
 void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
