@@ -34,6 +34,9 @@ class AttentionMethod {
   virtual double* gamma() { return nullptr; }
 };
 
+/// The names a config's `method` can have.
+std::vector<const char*> attention_methods();
+
 /// The method that config.method names. Throws Error with the known names.
 std::unique_ptr<AttentionMethod> make_attention(const AttentionConfig& config);
 

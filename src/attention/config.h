@@ -15,6 +15,8 @@ struct AttentionConfig {
   int init_blocks = 0;          // first chunks that every query attends
   int local_blocks = 1;         // last chunks up to the own one that every query attends
   double target_density = 0.0;  // > 0: a controller drives gamma during training to reach it
+
+  bool operator==(const AttentionConfig&) const = default;
 };
 
 }  // namespace entrain

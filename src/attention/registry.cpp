@@ -17,13 +17,18 @@ constexpr Method methods[] = {
 
 }  // namespace
 
-std::unique_ptr<AttentionMethod> make_attention(const AttentionConfig& config) {
+std::vector<const char*> attention_methods() {
   std::vector<const char*> names;
+  for (const Method& method : methods) names.push_back(method.name);
+  return names;
+}
+
+std::unique_ptr<AttentionMethod> make_attention(const AttentionConfig& config) {
   for (const Method& method : methods) {
     if (config.method == method.name) return method.make(config);
-    names.push_back(method.name);
   }
-  fail("unknown attention.method {}; known are {}", config.method, fmt::join(names, ", "));
+  fail("unknown attention.method {}; known are {}", config.method,
+       fmt::join(attention_methods(), ", "));
 }
 
 }  // namespace entrain

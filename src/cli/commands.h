@@ -5,6 +5,15 @@
 
 namespace entrain::cli {
 
+/// What the program's exit code says. A callback that returns is `done`; thrown errors choose
+/// `failed` or, for ConfigError, `refused`; `throw CLI::RuntimeError(stopped)` ends with any other.
+enum ExitCode : int {
+  done = 0,
+  failed = 1,
+  refused = 2,  // wrong usage or configuration, before any work
+  stopped = 3,  // by a signal, after saving a checkpoint
+};
+
 void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
 void add_tokenize(CLI::App& app);

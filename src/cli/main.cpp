@@ -1,13 +1,86 @@
+// entrain: the program. Finds the subcommand, runs it, and turns every error into one line and an
+// exit code.
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <iostream>
+#include <new>
+#include <vector>
 
 #include "cli/commands.h"
-int main(int argc, char** argv) {
-  CLI::App app("x");
-  entrain::cli::add_op(app);
+#include "core/edit_distance.h"
+#include "core/version.h"
+#include "train/config.h"
+
+namespace entrain::cli {
+namespace {
+
+constexpr const char* footer =
+    "Example:\n"
+    "  entrain tokenize corpus/ --tokenizer bpe:2048 --out tokens.h5\n"
+    "  mpirun -np 2 entrain train configs/quickstart-dash.yaml data.path=tokens.h5\n"
+    "\n"
+    "Exit codes:\n"
+    "  0  done\n"
+    "  1  an error, named on the last line\n"
+    "  2  wrong usage or configuration; nothing was started\n"
+    "  3  stopped by a signal after saving a checkpoint; continue with --resume\n";
+
+int report(const std::string& message, ExitCode code) {
+  std::string line = message;
+  std::ranges::replace(line, '\n', ' ');
+  std::cerr << "entrain: " << line << std::endl;
+  return code;
+}
+
+// CLI11 would take a mistyped command for a stray argument.
+void require_known_command(CLI::App& app, const std::string& name) {
+  if (name.starts_with('-')) return;
+  const std::vector<CLI::App*> commands = app.get_subcommands(nullptr);
+  const auto distance = [&](CLI::App* command) { return edit_distance(name, command->get_name()); };
+  CLI::App* nearest = *std::ranges::min_element(commands, {}, distance);
+  if (nearest->get_name() == name) return;
+  throw ConfigError(fmt::format("unknown command {}; did you mean {}?", name, nearest->get_name()));
+}
+
+int run(int argc, char** argv) {
+  CLI::App app(
+      "Trains small language models from scratch to study trainable block-sparse attention.",
+      "entrain");
+  app.set_version_flag("--version", std::string("entrain ") + code_version());
+  app.footer(footer);
+  app.require_subcommand(0, 1);
+  add_train(app);
+  add_eval(app);
+  add_tokenize(app);
+  add_op(app);
+  add_bench(app);
+  add_info(app);
+
   try {
-    CLI11_PARSE(app, argc, argv);
-  } catch (const std::exception& e) {
-    std::cerr << "entrain: " << e.what() << "\n";
-    return 1;
+    if (argc > 1) require_known_command(app, argv[1]);
+    app.parse(argc, argv);
+    if (app.get_subcommands().empty()) std::cout << app.help();
+    return done;
+  } catch (const CLI::Success& request) {  // --help, --version
+    return app.exit(request);
+  } catch (const CLI::RuntimeError& end) {
+    return end.get_exit_code();
+  } catch (const CLI::ParseError& error) {
+    return report(std::string(error.what()) + "; see --help", refused);
+  } catch (const ConfigError& error) {
+    return report(error.what(), refused);
+  } catch (const std::bad_alloc&) {
+    return report("out of memory; take a smaller train.micro_batch, or train.recompute=true",
+                  failed);
+  } catch (const std::exception& error) {
+    return report(error.what(), failed);
   }
+}
+
+}  // namespace
+}  // namespace entrain::cli
+
+int main(int argc, char** argv) {
+  return entrain::cli::run(argc, argv);
 }

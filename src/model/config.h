@@ -15,6 +15,8 @@ struct ModelConfig {
   double rope_theta = 10000.0;
   double norm_eps = 1e-5;
   bool tie_embeddings = false;
+
+  bool operator==(const ModelConfig&) const = default;
 };
 
 }  // namespace entrain

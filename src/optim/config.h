@@ -14,6 +14,8 @@ struct OptimConfig {
   double eps = 1e-8;
   double weight_decay = 0.1;  // on matrices, not on norms, summaries or embeddings' biases
   double clip = 1.0;          // largest global gradient norm; 0: none
+
+  bool operator==(const OptimConfig&) const = default;
 };
 
 }  // namespace entrain

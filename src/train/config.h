@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/config.h"
+#include "core/error.h"
 #include "model/config.h"
 #include "optim/config.h"
 
@@ -13,6 +14,8 @@ namespace entrain {
 struct DataConfig {
   std::string path;  // token store
   int seq_len = 0;
+
+  bool operator==(const DataConfig&) const = default;
 };
 
 struct TrainConfig {
@@ -24,16 +27,22 @@ struct TrainConfig {
   bool recompute = false;  // recompute activations per block in the backward pass
   int log_every = 10;      // steps between console lines
   OptimConfig optim;
+
+  bool operator==(const TrainConfig&) const = default;
 };
 
 struct CheckpointConfig {
   int64_t every = 500;  // steps; 0: only at the end and on signals
   int keep = 3;         // newest ones kept; 0: all
+
+  bool operator==(const CheckpointConfig&) const = default;
 };
 
 struct EvalConfig {
   int64_t every = 250;  // steps; 0: only at the end
   int sequences = 64;   // of the validation split
+
+  bool operator==(const EvalConfig&) const = default;
 };
 
 struct RunConfig {
@@ -44,18 +53,30 @@ struct RunConfig {
   CheckpointConfig checkpoint;
   EvalConfig eval;
   std::string dir;  // run.dir
+
+  bool operator==(const RunConfig&) const = default;
 };
 
-/// Reads a YAML file, then applies overrides "section.key=value". Throws Error naming file, line
-/// and the nearest valid key for an unknown key, a wrong type, a missing or impossible value.
+/// What every function here throws: the user's configuration is at fault, not the program or
+/// machine.
+struct ConfigError : Error {
+  explicit ConfigError(const std::string& message, std::string key = "")
+      : Error(message), key(std::move(key)) {}
+  std::string key;  // the key at fault, where check() found one
+};
+
+/// Reads a YAML file, applies overrides "section.key=value" (the last of several wins) and checks
+/// the result. Errors name file, line and the nearest valid key for an unknown key, a wrong type, a
+/// missing or impossible value.
 RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides);
 
-/// Checks combinations that one key alone cannot show (divisibility, ranges, floors of density).
+/// Checks ranges and combinations: divisibility, known names, the floor of target_density.
 void check(const RunConfig& config);
 
 /// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints.
+/// model.vocab is no key; it comes from the token store.
 std::string to_yaml(const RunConfig& config);
-/// The inverse; `origin` names the source in errors.
+/// The inverse, bit for bit, without check(); `origin` names the source in errors.
 RunConfig parse_config(const std::string& yaml, const std::string& origin);
 
 /// The table of keys, one a line: name, default, meaning. For --help and the documentation.

@@ -1,0 +1,18 @@
+#pragma once
+// Small text files, whole.
+#include <string>
+
+namespace entrain {
+
+/// Throws Error naming the file and the reason: missing, a folder, not permitted.
+std::string read_file(const std::string& path);
+
+/// Replaces a file so that a reader, or a crash, sees the old text or the new one and nothing
+/// between: written beside it, flushed to the disk, renamed. Throws Error, also when the disk is
+/// full.
+void replace_file(const std::string& path, const std::string& text);
+
+/// Makes a rename to `path` survive a power cut, where the file system can.
+void sync_folder(const std::string& path);
+
+}  // namespace entrain

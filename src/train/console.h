@@ -1,0 +1,39 @@
+#pragma once
+// What a run tells its user: a live line on a terminal, plain lines in a file.
+#include <cstdint>
+#include <cstdio>
+#include <string>
+
+#include "train/metrics.h"
+
+namespace entrain {
+
+/// "2m05s"; two units at most: "45s", "1h02m", "3d04h".
+std::string format_duration(double seconds);
+
+/// "step 120/1000  loss 3.214  9.53k tok/s  84.2 GFLOP/s (45% of peak)  density 0.250  grad 1.23
+/// 2m05s left" on one line. What is unknown is left out, and what matters least until the line fits
+/// into `width` columns.
+std::string format_step(const StepMetrics& metrics, size_t width);
+
+class Console {
+ public:
+  /// On a terminal a line that each step overwrites; elsewhere a line every log_every steps and for
+  /// the last one.
+  Console(std::FILE* out, int64_t log_every);
+  ~Console();
+  Console(const Console&) = delete;
+  Console& operator=(const Console&) = delete;
+
+  void step(const StepMetrics& metrics);
+  /// A line of its own that stays.
+  void say(const std::string& line);
+
+ private:
+  std::FILE* out_;
+  int64_t log_every_;
+  bool terminal_;
+  bool live_ = false;  // a line without its newline is on the screen
+};
+
+}  // namespace entrain

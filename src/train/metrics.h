@@ -1,0 +1,45 @@
+#pragma once
+// What a run measures, one JSON object a line in run.dir/metrics.jsonl.
+#include <cstdint>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace entrain {
+
+/// One training step; every value is over all ranks.
+struct StepMetrics {
+  int64_t step = 0, steps = 0;  // done, of the run
+  int64_t tokens = 0;           // trained on since the run began
+  double loss = 0.0;            // nats a token
+  double lr = 0.0;
+  double grad_norm = 0.0;  // before clipping
+  double tokens_per_second = 0.0;
+  double flops_per_second = 0.0;
+  double peak_share = 0.0;      // of the machine's fastest matrix product; 0: unknown
+  double density = 0.0;         // share of the causal tokens that were attended
+  double router_density = 0.0;  // entries the router read, over the same denominator
+  double gamma = 0.0;
+  double seconds_left = 0.0;
+};
+
+/// The names above as keys, without `steps`. Unknown and non-finite values become null.
+nlohmann::ordered_json to_json(const StepMetrics& metrics);
+
+class MetricsWriter {
+ public:
+  /// Opens dir/metrics.jsonl for a run that goes on after `step`: lines of later steps, and
+  /// whatever a crash left half written, are cut off at once. Step 0 starts the file anew. Creates
+  /// the folder.
+  MetricsWriter(const std::string& dir, int64_t step);
+
+  /// Appends one line and flushes it. It needs a whole number under "step". Throws Error, also when
+  /// the disk is full.
+  void write(const nlohmann::ordered_json& line);
+
+ private:
+  std::string path_;
+  std::ofstream file_;
+};
+
+}  // namespace entrain

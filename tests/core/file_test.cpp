@@ -1,0 +1,39 @@
+#include "core/file.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+
+#include "core/error.h"
+
+namespace entrain {
+namespace {
+
+TEST(File, ReplacesWholeAndLeavesNothingBeside) {
+  const std::string dir = testing::TempDir() + "file_test";
+  std::filesystem::remove_all(dir);
+  std::filesystem::create_directories(dir);
+  replace_file(dir + "/a", "first, the longer one");
+  replace_file(dir + "/a", std::string("two\0\n", 5));
+  EXPECT_EQ(read_file(dir + "/a"), std::string("two\0\n", 5));
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir), {}), 1);
+}
+
+TEST(File, NamesWhatCannotBeReadOrWritten) {
+  const auto message = [](auto&& act) -> std::string {
+    try {
+      act();
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message([] { read_file("/no/such/file"); }),
+            "cannot read /no/such/file: No such file or directory");
+  EXPECT_EQ(message([] { read_file("/usr"); }), "cannot read /usr: it is a folder");
+  EXPECT_EQ(message([] { replace_file("/no/such/file", ""); }),
+            "cannot write /no/such/file.partial: No such file or directory");
+}
+
+}  // namespace
+}  // namespace entrain
