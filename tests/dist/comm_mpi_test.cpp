@@ -8,7 +8,7 @@
 
 #include "core/rng.h"
 #include "dist/comm.h"
-#include "mpi_main.h"
+#include "tests/mpi_main.h"
 
 namespace entrain {
 namespace {
