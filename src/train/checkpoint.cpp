@@ -54,7 +54,6 @@ CheckpointInfo read_metadata(const h5::File& file) {
   CheckpointInfo info;
   info.state.step = file.integer("", "step");
   info.state.sequences = file.integer("", "sequences");
-  read(file, "rng", Tensor::of(info.state.rng.data(), {3}, DType::u64));
   for (const std::string& name : file.attributes("")) {
     if (!name.starts_with(controller_prefix)) continue;
     info.state.controller[name.substr(controller_prefix.size())] = file.number("", name);
@@ -89,6 +88,7 @@ CheckpointInfo read_info(const h5::File& file) {
   require(file.integer("", "metadata_crc32") == metadata_crc(file, info),
           "{} is damaged: the checksum of its attributes does not match; use another checkpoint",
           file.path());
+  read(file, "rng", Tensor::of(info.state.rng.data(), {3}, DType::u64));
   return info;
 }
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "model/params.h"
+#include "core/params.h"
 
 namespace entrain {
 

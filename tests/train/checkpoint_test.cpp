@@ -331,12 +331,16 @@ TEST(CheckpointDeathTest, FullDiskLeavesOlderOnes) {
   TempDir run;
   const std::string older = save(run / "", 1);
   const rlim_t size = fs::file_size(older);
-  for (const rlim_t limit : {rlim_t{0}, rlim_t{1000}, size / 2, size - 1}) {
+  for (const rlim_t limit : {rlim_t{0}, rlim_t{1000}, size / 4, size / 2, size - 1}) {
     const auto save_until_full = [&] {
       std::signal(SIGXFSZ, SIG_IGN);
-      const rlimit files{limit, limit};
-      setrlimit(RLIMIT_FSIZE, &files);
-      std::fputs(error_of([&] { save(run / "", 2); }).c_str(), stderr);
+      rlimit files;
+      getrlimit(RLIMIT_FSIZE, &files);
+      const rlimit small{limit, files.rlim_max};
+      setrlimit(RLIMIT_FSIZE, &small);
+      const std::string message = error_of([&] { save(run / "", 2); });
+      setrlimit(RLIMIT_FSIZE, &files);  // stderr is a file too
+      std::fputs(message.c_str(), stderr);
       std::exit(3);  // HDF5 cleans up after itself here
     };
     EXPECT_EXIT(save_until_full(), testing::ExitedWithCode(3),
