@@ -22,8 +22,8 @@ namespace entrain::cli {
 namespace {
 
 constexpr size_t sample_segment = 4096;
-constexpr size_t sample_segments = 1024;  // 4 MiB: more hardly changes a vocabulary
-constexpr size_t batch_bytes = size_t{4} << 20;
+constexpr size_t sample_segments = 1024;         // 4 MiB: more hardly changes a vocabulary
+constexpr size_t batch_bytes = size_t{1} << 20;  // a thread
 
 struct Options {
   std::vector<std::string> inputs;

@@ -46,9 +46,9 @@ int keep_standard_input() {
   std::vector<char> buffer(size_t{1} << 20);
   while (const ssize_t n = read(STDIN_FILENO, buffer.data(), buffer.size())) {
     require(n > 0, "standard input: {}", std::strerror(errno));
-    require(write(copy, buffer.data(), static_cast<size_t>(n)) == n,
-            "{}: cannot keep standard input there: {} (disk full? TMPDIR names another folder)",
-            name, std::strerror(errno));
+    const ssize_t kept = write(copy, buffer.data(), static_cast<size_t>(n));
+    require(kept == n, "{}: cannot keep standard input there: {} (TMPDIR names another folder)",
+            name, kept < 0 ? std::strerror(errno) : "disk full?");
   }
   return copy;
 }
