@@ -329,9 +329,9 @@ int64_t File::id() const {
 File File::open(const std::string& path) {
   prepare();
   struct stat status;
-  require(stat(path.c_str(), &status) == 0, "{}: {}", path, std::strerror(errno));
+  if (stat(path.c_str(), &status) != 0 || ::access(path.c_str(), R_OK) != 0)
+    fail("{}: {}", path, std::strerror(errno));
   require(!S_ISDIR(status.st_mode), "{}: is a folder, expected an HDF5 file", path);
-  require(access(path.c_str(), R_OK) == 0, "{}: {}", path, std::strerror(errno));
   require(H5Fis_hdf5(path.c_str()) > 0, "{}: not an HDF5 file{}", path,
           status.st_size == 0 ? " (it is empty)" : "");
   const Id access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);

@@ -63,19 +63,34 @@ std::string without_normalization(const std::string& model) {
   return model + std::string("\x1A\x08\x12\x00\x18\x00\x20\x00\x28\x01", 10);
 }
 
-/// Feeds a sample to the trainer, which would otherwise read lines from a file and lose line ends.
-class SampleIterator : public sentencepiece::SentenceIterator {
+/// Feeds spans to the trainer, which would otherwise read lines from a file and lose line ends.
+class Spans : public sentencepiece::SentenceIterator {
  public:
-  explicit SampleIterator(const std::vector<std::string>& sample) : sample_(sample) {}
-  bool done() const override { return at_ == sample_.size(); }
+  explicit Spans(std::vector<std::string> spans) : spans_(std::move(spans)) {}
+  bool done() const override { return at_ == spans_.size(); }
   void Next() override { ++at_; }
-  const std::string& value() const override { return sample_[at_]; }
+  const std::string& value() const override { return spans_[at_]; }
   sentencepiece::util::Status status() const override { return {}; }
 
  private:
-  const std::vector<std::string>& sample_;
+  std::vector<std::string> spans_;
   size_t at_ = 0;
 };
+
+/// Cuts text into what the model may see and bytes that it may not, in order.
+template <class Plain, class Bytes>
+void cut(std::string_view text, Plain&& plain, Bytes&& bytes) {
+  while (!text.empty()) {
+    size_t n = plain_length(text.substr(0, segment_length(text, segment_bytes)));
+    if (n > 0) {
+      plain(text.substr(0, n));
+    } else {
+      n = text.starts_with(space_symbol) ? space_symbol.size() : 1;
+      bytes(text.substr(0, n));
+    }
+    text.remove_prefix(n);
+  }
+}
 
 }  // namespace
 
@@ -113,7 +128,7 @@ void Tokenizer::encode_bytes(std::string_view bytes, std::vector<int32_t>& ids) 
   for (char c : bytes) ids.push_back(byte_ids_[static_cast<unsigned char>(c)]);
 }
 
-void Tokenizer::encode_span(std::string_view utf8, std::vector<int32_t>& ids) const {
+void Tokenizer::encode_plain(std::string_view utf8, std::vector<int32_t>& ids) const {
   const auto encoded = processor_->EncodeAsImmutableProto(utf8);
   for (const auto& piece : encoded.pieces()) {
     const auto id = static_cast<int>(piece.id());
@@ -126,17 +141,9 @@ void Tokenizer::encode_span(std::string_view utf8, std::vector<int32_t>& ids) co
 
 void Tokenizer::encode(std::string_view text, std::vector<int32_t>& ids) const {
   if (!processor_) return encode_bytes(text, ids);
-  while (!text.empty()) {
-    const size_t plain = plain_length(text.substr(0, segment_length(text, segment_bytes)));
-    if (plain > 0) {
-      encode_span(text.substr(0, plain), ids);
-      text.remove_prefix(plain);
-    } else {
-      const size_t n = text.starts_with(space_symbol) ? space_symbol.size() : 1;
-      encode_bytes(text.substr(0, n), ids);
-      text.remove_prefix(n);
-    }
-  }
+  cut(
+      text, [&](std::string_view plain) { encode_plain(plain, ids); },
+      [&](std::string_view bytes) { encode_bytes(bytes, ids); });
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
@@ -170,12 +177,23 @@ std::string train_bpe(const std::vector<std::string>& sample, int vocab) {
       {"pad_id", "-1"},
       {"num_threads", "1"},
       {"minloglevel", "2"}};
-  SampleIterator sentences(sample);
+  std::vector<std::string> plain;
+  for (const std::string& text : sample)
+    cut(
+        text, [&](std::string_view span) { plain.emplace_back(span); }, [](std::string_view) {});
+  Spans spans(std::move(plain));
   std::string model;
-  const auto status = sentencepiece::SentencePieceTrainer::Train(options, &sentences, &model);
+  const auto status = sentencepiece::SentencePieceTrainer::Train(options, &spans, &model);
   if (status.ok()) return model;
   const std::string why = status.ToString();
-  fail("bpe:{}: {}", vocab, why);
+  std::smatch found;
+  if (std::regex_search(why, found, std::regex("value <= ([0-9]+)")))
+    fail("bpe:{}: the sample supports at most {} ids; give more text or take bpe:{}", vocab,
+         found.str(1), found.str(1));
+  if (std::regex_search(why, found, std::regex("required_chars\\. [0-9]+ vs ([0-9]+)")))
+    fail("bpe:{}: bytes and characters of the sample alone need {} ids; take bpe:{} or more", vocab,
+         found.str(1), found.str(1));
+  fail("bpe:{}: SentencePiece cannot train on this sample: {}", vocab, why);
 }
 
 size_t segment_length(std::string_view text, size_t limit) {

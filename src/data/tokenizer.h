@@ -39,7 +39,7 @@ class Tokenizer {
 
  private:
   void encode_bytes(std::string_view bytes, std::vector<int32_t>& ids) const;
-  void encode_span(std::string_view utf8, std::vector<int32_t>& ids) const;
+  void encode_plain(std::string_view utf8, std::vector<int32_t>& ids) const;
 
   std::string name_;
   std::string model_;

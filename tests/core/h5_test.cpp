@@ -7,27 +7,11 @@
 #include <csignal>
 #include <numeric>
 
+#include "tests/expect_error.h"
 #include "tests/temp_dir.h"
 
 namespace entrain {
 namespace {
-
-template <class Body>
-std::string error_of(Body&& body) {
-  try {
-    body();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-#define EXPECT_ERROR(statement, part)                                       \
-  {                                                                         \
-    const std::string message = error_of([&] { statement; });               \
-    EXPECT_NE(message.find(part), std::string::npos) << "got: " << message; \
-    EXPECT_EQ(message.find('\n'), std::string::npos);                       \
-  }
 
 TEST(H5, ReadsBackWhatItWrote) {
   TempDir dir;
@@ -197,9 +181,9 @@ TEST(H5, DamagedMetadataIsAnError) {
   }
   const std::string whole = read_file(dir / "a.h5");
   const size_t data = static_cast<size_t>(h5::File::open(dir / "a.h5").placed("x").offset);
-  for (size_t at = 0; at < whole.size(); ++at) {
+  for (size_t at = 0; at < whole.size(); at += 3) {
     std::string damaged = whole;
-    damaged[at] = static_cast<char>(damaged[at] ^ 0x10);
+    damaged[at] = static_cast<char>(damaged[at] ^ (1 << at % 8));
     write_file(dir / "b.h5", damaged);
     const std::string message = error_of([&] {
       const h5::File file = h5::File::open(dir / "b.h5");

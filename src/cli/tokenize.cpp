@@ -1,0 +1,224 @@
+// entrain tokenize: text to a token store.
+#include <omp.h>
+
+#include <array>
+#include <charconv>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "cli/commands.h"
+#include "cli/progress.h"
+#include "core/error.h"
+#include "core/rng.h"
+#include "data/corpus.h"
+#include "data/token_format.h"
+#include "data/token_writer.h"
+#include "data/tokenizer.h"
+
+namespace entrain::cli {
+namespace {
+
+constexpr size_t sample_segment = 4096;
+constexpr size_t sample_segments = 1024;         // 4 MiB: more hardly changes a vocabulary
+constexpr size_t batch_bytes = size_t{1} << 20;  // a thread
+
+struct Options {
+  std::vector<std::string> inputs;
+  std::string out, tokenizer = "bytes", provenance, jsonl_field;
+  double validation = 0.05;
+  int threads = omp_get_max_threads();
+  uint64_t seed = 1;
+};
+
+std::string read_whole(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(in), {}};
+  require(in.good() || in.eof(), "{}: cannot read", path);
+  return text;
+}
+
+bool trains(const Options& o) {
+  return o.tokenizer.starts_with("bpe:");
+}
+
+/// Segments drawn evenly from the whole corpus (reservoir sampling), which is left rewound.
+std::vector<std::string> sample(Corpus& corpus, uint64_t seed) {
+  Progress progress("sample", corpus.bytes_total());
+  std::vector<std::string> kept;
+  Rng rng(seed, 0);
+  uint64_t seen = 0;
+  for (std::string document; corpus.next(document); progress.update(corpus.bytes_read())) {
+    for (std::string_view rest = document; !rest.empty();) {
+      const std::string_view segment = rest.substr(0, segment_length(rest, sample_segment));
+      rest.remove_prefix(segment.size());
+      const uint64_t place = seen++ < sample_segments ? kept.size() : rng.below(seen);
+      if (place == kept.size() && kept.size() < sample_segments)
+        kept.emplace_back(segment);
+      else if (place < sample_segments)
+        kept[place] = segment;
+    }
+  }
+  corpus.rewind();
+  return kept;
+}
+
+Tokenizer make_tokenizer(const Options& o, Corpus& corpus) {
+  const std::string& name = o.tokenizer;
+  if (name == "bytes") return Tokenizer();
+  if (trains(o)) {
+    int vocab = 0;
+    const char* end = name.data() + name.size();
+    const auto [rest, error] = std::from_chars(name.data() + 4, end, vocab);
+    require(error == std::errc() && rest == end && vocab > 258,
+            "--tokenizer {}: expected a vocabulary above 258, as in bpe:2048", name);
+    const auto text = sample(corpus, o.seed);
+    require(!text.empty(), "no text in the input: nothing to tokenize");
+    fmt::print(stderr, "training {}\n", name);
+    return Tokenizer(name, train_bpe(text, vocab));
+  }
+  const std::string path = name.starts_with("spm:") ? name.substr(4) : name;
+  require(std::filesystem::is_regular_file(path),
+          "--tokenizer {}: expected bytes, bpe:VOCAB or the path of a SentencePiece model", name);
+  return Tokenizer("spm:" + std::filesystem::path(path).filename().string(), read_whole(path));
+}
+
+/// The same for the same contents, wherever and however often they occur.
+Split split_of(const std::string& document, const Options& o) {
+  const uint32_t hash = checksum(0, document.data(), document.size());
+  return Rng(hash, o.seed).uniform() < o.validation ? Split::validation : Split::train;
+}
+
+struct Count {
+  int64_t documents = 0, tokens = 0, bytes = 0;
+};
+
+/// Encodes batches of documents in parallel and writes them in their order.
+std::array<Count, 2> encode(Corpus& corpus, const Tokenizer& tokenizer, const Options& o,
+                            TokenWriter& writer) {
+  Progress progress("tokenize", corpus.bytes_total());
+  std::array<Count, 2> counts;
+  std::vector<std::string> documents;
+  std::vector<std::vector<int32_t>> ids;
+  for (bool more = true; more; progress.update(corpus.bytes_read())) {
+    documents.clear();
+    for (size_t bytes = 0; more && bytes < batch_bytes * static_cast<size_t>(o.threads);) {
+      std::string document;
+      if (!(more = corpus.next(document))) break;
+      bytes += document.size();
+      documents.push_back(std::move(document));
+    }
+    ids.resize(documents.size());
+#pragma omp parallel for schedule(dynamic) num_threads(o.threads)
+    for (size_t d = 0; d < documents.size(); ++d) {
+      ids[d].clear();
+      tokenizer.encode(documents[d], ids[d]);
+      ids[d].push_back(tokenizer.end_of_document());
+    }
+    for (size_t d = 0; d < documents.size(); ++d) {
+      const Split split = split_of(documents[d], o);
+      writer.add(split, ids[d]);
+      Count& count = counts[static_cast<size_t>(split)];
+      count.documents += 1;
+      count.tokens += std::ssize(ids[d]);
+      count.bytes += std::ssize(documents[d]);
+    }
+  }
+  return counts;
+}
+
+std::string provenance(const Options& o, const Corpus& corpus, const nlohmann::json& source) {
+  const nlohmann::json all = {{"created_by", "entrain tokenize"},
+                              {"inputs", o.inputs},
+                              {"files", corpus.files_read()},
+                              {"bytes", corpus.bytes_read()},
+                              {"tokenizer", o.tokenizer},
+                              {"validation", o.validation},
+                              {"seed", o.seed},
+                              {"source", source}};
+  return all.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+nlohmann::json read_source(const std::string& path) {
+  if (path.empty()) return nullptr;
+  require(std::filesystem::is_regular_file(path), "--provenance {}: no such file", path);
+  auto source = nlohmann::json::parse(read_whole(path), nullptr, false);
+  require(!source.is_discarded(), "--provenance {}: not JSON", path);
+  return source;
+}
+
+void summarize(const Options& o, const Corpus& corpus, const Tokenizer& tokenizer,
+               const std::array<Count, 2>& counts) {
+  const auto& [train, validation] = counts;
+  const double bytes = static_cast<double>(train.bytes + validation.bytes);
+  fmt::print("{}: {} ids, {:.2f} bytes a token, {} files", o.out, tokenizer.vocab(),
+             bytes / static_cast<double>(train.tokens + validation.tokens), corpus.files_read());
+  if (corpus.binaries_skipped() > 0)
+    fmt::print(" ({} binary ones skipped)", corpus.binaries_skipped());
+  for (Split split : {Split::train, Split::validation}) {
+    const Count& count = counts[static_cast<size_t>(split)];
+    fmt::print("\n  {:<10} {:>9} documents {:>12} tokens {:>12} bytes", name_of(split),
+               count.documents, count.tokens, count.bytes);
+  }
+  fmt::print("\n");
+  if (validation.tokens == 0 && o.validation > 0)
+    fmt::print(stderr,
+               "warning: no document fell into validation; give more of them or raise "
+               "--validation\n");
+}
+
+void tokenize(const Options& o) {
+  const nlohmann::json source = read_source(o.provenance);
+  TokenWriter(o.out, 1);  // refuses an output that cannot be written before the work, not after
+  Corpus corpus(o.inputs, {o.jsonl_field, trains(o)});
+  const Tokenizer tokenizer = make_tokenizer(o, corpus);
+  TokenWriter writer(o.out, tokenizer.vocab());
+  const auto counts = encode(corpus, tokenizer, o, writer);
+  require(counts[0].documents + counts[1].documents > 0,
+          "no text in the input: nothing to tokenize");
+  require(counts[0].documents > 0,
+          "every document fell into validation; lower --validation or change --seed");
+  writer.finish(
+      {tokenizer.name(), tokenizer.model(), provenance(o, corpus, source), corpus.manifest()});
+  summarize(o, corpus, tokenizer, counts);
+}
+
+}  // namespace
+
+void add_tokenize(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  Options& o = *options;
+  CLI::App* command = app.add_subcommand("tokenize", "Turn text into a token store");
+  command
+      ->add_option("input", o.inputs,
+                   "Files, folders (without hidden and binary files), globs, or - for standard "
+                   "input; *.jsonl holds a document a line, other files are one document a MiB")
+      ->required();
+  command->add_option("--out", o.out, "Token store to write (HDF5)")->required();
+  command
+      ->add_option("--tokenizer", o.tokenizer,
+                   "bytes, bpe:VOCAB (trained on a sample), or the path of a SentencePiece model")
+      ->capture_default_str();
+  command
+      ->add_option("--validation", o.validation,
+                   "Share of documents held out, chosen by a hash of their contents")
+      ->check(CLI::Range(0.0, 0.99))
+      ->capture_default_str();
+  command->add_option("--provenance", o.provenance,
+                      "JSON file on the corpus (version, checksum, licence) to keep in the store");
+  command->add_option("--jsonl-field", o.jsonl_field,
+                      "Read every input as JSON lines and take this field (*.jsonl: text)");
+  command
+      ->add_option("--threads", o.threads, "Threads that encode; the result does not depend on it")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--seed", o.seed, "Of the sample and the split")->capture_default_str();
+  command->footer(
+      "Example:\n"
+      "  entrain tokenize docs/ notes.txt --out tokens.h5 --tokenizer bpe:2048 --validation 0.05");
+  command->callback([options] { tokenize(*options); });
+}
+
+}  // namespace entrain::cli

@@ -1,0 +1,104 @@
+#include "data/corpus.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "tests/expect_error.h"
+#include "tests/temp_dir.h"
+
+namespace entrain {
+namespace {
+
+std::vector<std::string> all(Corpus& corpus) {
+  std::vector<std::string> documents;
+  for (std::string document; corpus.next(document);) documents.push_back(document);
+  return documents;
+}
+
+std::vector<std::string> all(const std::vector<std::string>& inputs,
+                             const std::string& field = "") {
+  Corpus corpus(inputs, {field, false});
+  return all(corpus);
+}
+
+using Texts = std::vector<std::string>;
+
+TEST(Corpus, FoldersAreSortedWithoutHiddenAndBinaryFiles) {
+  TempDir dir;
+  write_file(dir / "c/b.txt", "second\n");
+  write_file(dir / "c/a/x.txt", "first \xFF\r\n");
+  write_file(dir / "c/.git/config", "hidden");
+  write_file(dir / "c/.hidden", "hidden");
+  write_file(dir / "c/empty", "");
+  write_file(dir / "c/image", std::string("PNG\0\1", 5));
+  write_file(dir / "c/z.jsonl",
+             "{\"text\": \"third\"}\n\n{\"text\": \"\"}\n{\"text\": \"f\\u00fcnf\"}");
+  Corpus corpus({dir / "c"}, {"", true});
+  const Texts expected = {"first \xFF\r\n", "second\n", "third", "fünf"};
+  EXPECT_EQ(all(corpus), expected);
+  EXPECT_EQ(corpus.binaries_skipped(), 1);
+  EXPECT_EQ(corpus.files_read(), 4);  // the empty one too
+  EXPECT_EQ(corpus.bytes_read(), corpus.bytes_total());
+  const std::string manifest = corpus.manifest();
+  EXPECT_NE(manifest.find(" 7 " + (dir / "c/b.txt") + "\n"), std::string::npos) << manifest;
+  corpus.rewind();
+  EXPECT_EQ(all(corpus), expected);
+  EXPECT_EQ(corpus.manifest(), manifest);
+}
+
+TEST(Corpus, NamedFilesAndGlobs) {
+  TempDir dir;
+  write_file(dir / "b.txt", std::string("b\0", 2));
+  write_file(dir / "a.txt", "a");
+  write_file(dir / "[odd]", "odd");
+  EXPECT_EQ(all({dir / "b.txt", dir / "a.txt"}), (Texts{std::string("b\0", 2), "a"}));
+  EXPECT_EQ(all({dir / "*.txt"}), (Texts{"a", std::string("b\0", 2)}));
+  EXPECT_EQ(all({dir / "[odd]"}), Texts{"odd"});
+  EXPECT_ERROR(all({dir / "*.rst"}), "no such file");
+  EXPECT_ERROR(all({dir / "absent"}), "absent: no such file");
+}
+
+TEST(Corpus, LongTextsAreCutAtLineEnds) {
+  TempDir dir;
+  std::string text;
+  for (int i = 0; text.size() < 3500000; ++i) text += fmt::format("line {}\n", i);
+  write_file(dir / "a.txt", text);
+  const Texts documents = all({dir / "a.txt"});
+  EXPECT_EQ(documents.size(), 4u);
+  std::string joined;
+  for (const std::string& document : documents) {
+    EXPECT_LE(document.size(), size_t{1} << 20);
+    EXPECT_EQ(document.back(), '\n');
+    joined += document;
+  }
+  EXPECT_TRUE(joined == text);
+}
+
+TEST(Corpus, JsonLines) {
+  TempDir dir;
+  const std::string large(3000000, 'x');
+  write_file(dir / "a.dat", "{\"body\": \"one\"}\r\n{\"body\": \"" + large + "\"}\n");
+  EXPECT_EQ(all({dir / "a.dat"}, "body"), (Texts{"one", large}));
+  EXPECT_ERROR(all({dir / "a.dat"}, "text"), "a.dat:1: no text under \"text\"");
+  write_file(dir / "b.jsonl", "{\"text\": \"one\"}\n{\"text\": \n");
+  EXPECT_ERROR(all({dir / "b.jsonl"}), "b.jsonl:2: not a JSON object");
+  write_file(dir / "c.jsonl", "[1]\n");
+  EXPECT_ERROR(all({dir / "c.jsonl"}), "c.jsonl:1: not a JSON object");
+}
+
+TEST(Corpus, StandardInputTwice) {
+  TempDir dir;
+  write_file(dir / "in", "from a pipe\n");
+  const int before = dup(STDIN_FILENO), in = open((dir / "in").c_str(), O_RDONLY);
+  dup2(in, STDIN_FILENO), close(in);
+  Corpus corpus({"-"}, {"", true});
+  dup2(before, STDIN_FILENO), close(before);
+  EXPECT_EQ(all(corpus), Texts{"from a pipe\n"});
+  corpus.rewind();
+  EXPECT_EQ(all(corpus), Texts{"from a pipe\n"});
+  EXPECT_ERROR(all({"-", "-"}), "only once");
+}
+
+}  // namespace
+}  // namespace entrain

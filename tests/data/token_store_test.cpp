@@ -1,0 +1,169 @@
+#include "data/token_store.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+
+#include <csignal>
+
+#include "core/h5.h"
+#include "data/token_writer.h"
+#include "tests/expect_error.h"
+#include "tests/temp_dir.h"
+
+namespace entrain {
+namespace {
+
+std::vector<int32_t> range(int32_t begin, int32_t end) {
+  std::vector<int32_t> ids;
+  for (int32_t i = begin; i < end; ++i) ids.push_back(i);
+  return ids;
+}
+
+void write_store(const std::string& path, int vocab = 300) {
+  TokenWriter writer(path, vocab);
+  writer.add(Split::train, range(0, 100));
+  writer.add(Split::validation, range(50, 60));
+  writer.add(Split::train, range(100, 300));
+  writer.finish({"spm:x", std::string("\0model", 6), R"({"licence": "none"})", "0 1 a\n"});
+}
+
+std::vector<int32_t> read_all(const TokenStore& store, Split split) {
+  std::vector<int32_t> ids(static_cast<size_t>(store.tokens(split)));
+  store.read(split, 0, std::ssize(ids), ids.data());
+  return ids;
+}
+
+TEST(TokenStore, ReadsBackWhatWasWritten) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  const TokenStore store(dir / "a.h5");
+  EXPECT_EQ(store.vocab(), 300);
+  EXPECT_EQ(store.tokenizer(), "spm:x");
+  EXPECT_EQ(store.tokenizer_model(), std::string("\0model", 6));
+  EXPECT_EQ(store.provenance(), R"({"licence": "none"})");
+  EXPECT_EQ(store.documents(Split::train), 2);
+  EXPECT_EQ(store.documents(Split::validation), 1);
+  EXPECT_EQ(read_all(store, Split::train), range(0, 300));
+  EXPECT_EQ(read_all(store, Split::validation), range(50, 60));
+  EXPECT_EQ(h5::File::open(dir / "a.h5").read_range<uint64_t>("train/document_offsets", 0, 3),
+            (std::vector<uint64_t>{0, 100, 300}));
+  int32_t id = 0;
+  EXPECT_ERROR(store.read(Split::train, 300, 1, &id), "only 300");
+  EXPECT_FALSE(std::filesystem::exists(dir / "a.h5.partial"));
+}
+
+TEST(TokenStore, WideIdsAndLongSplits) {
+  TempDir dir;
+  const int32_t n = 3000000;  // more than the writer buffers
+  {
+    TokenWriter writer(dir / "a.h5", n);
+    writer.add(Split::train, range(0, n));
+    writer.finish({"bytes", "", "{}", ""});
+  }
+  const TokenStore store(dir / "a.h5");
+  EXPECT_EQ(read_all(store, Split::train), range(0, n));
+  EXPECT_EQ(store.tokens(Split::validation), 0);
+  EXPECT_EQ(store.documents(Split::validation), 0);
+}
+
+TEST(TokenStore, FingerprintFollowsContents) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  write_store(dir / "b.h5");
+  const std::string a = TokenStore(dir / "a.h5").fingerprint();
+  EXPECT_EQ(a, TokenStore(dir / "b.h5").fingerprint());
+  TokenWriter writer(dir / "c.h5", 300);
+  writer.add(Split::train, range(0, 299));
+  writer.finish({"spm:x", "", "{}", ""});
+  EXPECT_NE(a, TokenStore(dir / "c.h5").fingerprint());
+}
+
+// No flipped bit and no cut may crash the reader or pass as another token.
+TEST(TokenStore, EveryFlippedBitIsNoticedOrHarmless) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  const std::string whole = read_file(dir / "a.h5");
+  int noticed = 0;
+  for (size_t at = 0; at < whole.size(); at += 3) {
+    std::string damaged = whole;
+    damaged[at] = static_cast<char>(damaged[at] ^ (1 << at % 8));
+    write_file(dir / "b.h5", damaged);
+    try {
+      const TokenStore store(dir / "b.h5");
+      ASSERT_EQ(read_all(store, Split::train), range(0, 300)) << "byte " << at;
+      ASSERT_EQ(store.tokenizer_model(), std::string("\0model", 6)) << "byte " << at;
+      ASSERT_EQ(store.documents(Split::train), 2) << "byte " << at;
+    } catch (const Error& e) {
+      ASSERT_EQ(std::string(e.what()).find('\n'), std::string::npos) << e.what();
+      ++noticed;
+    }
+  }
+  EXPECT_GT(noticed, 300);
+}
+
+TEST(TokenStore, DamagedTokensAreNamed) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  const auto place = h5::File::open(dir / "a.h5").placed("train/tokens");
+  std::string damaged = read_file(dir / "a.h5");
+  damaged[static_cast<size_t>(place.offset) + 7] ^= 0x40;
+  write_file(dir / "a.h5", damaged);
+  EXPECT_ERROR(TokenStore(dir / "a.h5"), "the checksum of train/tokens does not match");
+  // Unverified, the id that left the vocabulary is still refused.
+  const TokenStore store(dir / "a.h5", false);
+  EXPECT_ERROR(read_all(store, Split::train), "token 3 of train is 16387, beyond the vocabulary");
+}
+
+TEST(TokenStore, TruncatedAnywhereIsAnError) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  const std::string whole = read_file(dir / "a.h5");
+  for (size_t size = 0; size < whole.size(); size += 41) {
+    write_file(dir / "b.h5", whole.substr(0, size));
+    const std::string message = error_of([&] { TokenStore(dir / "b.h5"); });
+    EXPECT_EQ(message.rfind(dir / "b.h5", 0), 0u) << "of " << size << " bytes: " << message;
+  }
+}
+
+TEST(TokenStore, RefusesForeignFiles) {
+  TempDir dir;
+  EXPECT_ERROR(TokenStore(dir / "absent.h5"), "No such file");
+  h5::File::create(dir / "other.h5").close();
+  EXPECT_ERROR(TokenStore(dir / "other.h5"), "not a token store");
+}
+
+TEST(TokenWriter, RefusesIdsBeyondTheVocabulary) {
+  TempDir dir;
+  TokenWriter writer(dir / "a.h5", 10);
+  EXPECT_ERROR(writer.add(Split::train, range(9, 11)), "beyond the vocabulary");
+}
+
+TEST(TokenWriter, LeavesNothingBehindUnlessFinished) {
+  TempDir dir;
+  EXPECT_ERROR(TokenWriter(dir / "no/a.h5", 10), "No such file");
+  EXPECT_ERROR(TokenWriter(dir / "", 10), "folder");
+  { TokenWriter(dir / "a.h5", 10).add(Split::train, range(0, 10)); }
+  EXPECT_TRUE(std::filesystem::is_empty(dir / ""));
+
+  write_store(dir / "a.h5");
+  const std::string before = read_file(dir / "a.h5");
+  rlimit limit;
+  getrlimit(RLIMIT_FSIZE, &limit);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  const rlimit small{1000000, limit.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &small);
+  EXPECT_ERROR(
+      {
+        TokenWriter writer(dir / "a.h5", 300000);
+        writer.add(Split::train, range(0, 299000));
+        writer.finish({"bytes", "", "{}", ""});
+      },
+      "disk full?");
+  setrlimit(RLIMIT_FSIZE, &limit);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(read_file(dir / "a.h5"), before);
+  EXPECT_FALSE(std::filesystem::exists(dir / "a.h5.partial"));
+}
+
+}  // namespace
+}  // namespace entrain
