@@ -20,7 +20,7 @@ class Comm {
   virtual void start_sum(Tensor x) = 0;
   virtual void wait() = 0;
 
-  /// Blocking, for small host values.
+  /// Blocking, for small host values. The maximum is that of numbers: a NaN may or may not show.
   virtual void sum(double* values, int count) = 0;
   virtual void max(double* values, int count) = 0;
   virtual void broadcast(void* data, size_t bytes, int root) = 0;

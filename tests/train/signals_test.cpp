@@ -23,8 +23,9 @@ void stop_at_once(int first, int second) {
 }
 
 TEST(SignalsDeathTest, TheFirstOnlyAsks) {
-  EXPECT_EXIT(stop_politely(SIGTERM), testing::ExitedWithCode(75), "");
-  EXPECT_EXIT(stop_politely(SIGINT), testing::ExitedWithCode(75), "");
+  for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) {
+    EXPECT_EXIT(stop_politely(signal), testing::ExitedWithCode(75), "") << signal;
+  }
 }
 
 TEST(SignalsDeathTest, TheSecondEndsAtOnce) {
