@@ -31,7 +31,8 @@ class Comm {
 };
 
 /// MPI when this process was started by mpirun or srun, otherwise a single process. Call once,
-/// before threads start; the object finalizes MPI when it is destroyed.
+/// before threads start; the object finalizes MPI when it is destroyed. Throws Error under srun
+/// without PMI, whose tasks would each take themselves for the only one.
 std::unique_ptr<Comm> make_comm();
 
 /// Throws Error on every rank, naming `what` and the first differing rank, unless all ranks pass

@@ -4,9 +4,9 @@
 namespace entrain {
 
 /// From now on the first SIGTERM, SIGINT or SIGUSR1 only sets stop_requested(); one more ends the
-/// process at once with code 128 + signal. SIGUSR1 is for Open MPI's mpirun, which passes it on to all
-/// ranks and waits; told SIGTERM or SIGINT, it kills them a second after passing on SIGTERM, unless
-/// started with --mca odls_base_sigkill_timeout SECONDS.
+/// process at once with code 128 + signal. SIGUSR1 is for Open MPI's mpirun, which passes it on to
+/// all ranks and waits; told SIGTERM or SIGINT, it kills them a second after passing on SIGTERM,
+/// unless started with --mca odls_base_sigkill_timeout SECONDS.
 void install_signal_handlers();
 
 /// This rank was asked to stop. Launchers may tell some ranks only: combine it over ranks.
