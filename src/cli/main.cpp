@@ -11,6 +11,7 @@
 #include "core/edit_distance.h"
 #include "core/version.h"
 #include "train/config.h"
+#include "train/together.h"
 
 namespace entrain::cli {
 namespace {
@@ -68,6 +69,8 @@ int run(int argc, char** argv) {
     return end.get_exit_code();
   } catch (const CLI::ParseError& error) {
     return report(std::string(error.what()) + "; see --help", refused);
+  } catch (const ReportedElsewhere& error) {
+    return error.refused ? refused : failed;
   } catch (const ConfigError& error) {
     return report(error.what(), refused);
   } catch (const std::bad_alloc&) {

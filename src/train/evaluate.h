@@ -1,0 +1,34 @@
+#pragma once
+// Loss on the validation split.
+#include "core/tape.h"
+#include "data/token_store.h"
+#include "dist/comm.h"
+#include "model/decoder.h"
+#include "train/read_report.h"
+
+namespace entrain {
+
+struct EvalResult {
+  double loss = 0;  // nats a token
+  double perplexity = 0;
+  int64_t tokens = 0;
+  double tokens_per_second = 0;
+  ReadReport read;
+};
+
+class Evaluator {
+ public:
+  /// Records a forward pass of one sequence on `memory`.
+  Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len);
+
+  /// `sequences` of the validation split, spread evenly over it and shared by the ranks; fewer
+  /// where it is shorter. Throws Error when it is shorter than one. Gamma stays as it is.
+  EvalResult run(const TokenStore& store, int64_t sequences, Comm& comm);
+
+ private:
+  Decoder& decoder_;
+  Tape tape_;
+  Tensor tokens_, targets_, loss_;
+};
+
+}  // namespace entrain

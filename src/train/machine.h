@@ -1,0 +1,15 @@
+#pragma once
+// What this machine can do, measured: the yardstick of speeds and memory.
+#include <cstddef>
+
+namespace entrain {
+
+/// Operations a second of BLAS's float32 matrix product of n^3, the median of several; with as many
+/// threads as this process has.
+double matmul_rate(int n = 1024);
+
+/// Bytes this process holds in memory now, and the most it has held.
+size_t resident_bytes();
+size_t peak_resident_bytes();
+
+}  // namespace entrain

@@ -1,0 +1,301 @@
+#include "train/run.h"
+
+#include <chrono>
+#include <filesystem>
+#include <optional>
+
+#include "core/file.h"
+#include "core/version.h"
+#include "optim/density_controller.h"
+#include "train/checkpoint.h"
+#include "train/console.h"
+#include "train/evaluate.h"
+#include "train/machine.h"
+#include "train/metrics.h"
+#include "train/signals.h"
+#include "train/together.h"
+#include "train/train_step.h"
+
+namespace entrain {
+namespace {
+
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+double mib(size_t bytes) {
+  return static_cast<double>(bytes) / (1 << 20);
+}
+
+/// Broadcasts rank 0's text.
+std::string from_rank_0(Comm& comm, std::string text) {
+  uint64_t size = text.size();
+  comm.broadcast(&size, sizeof size, 0);
+  text.resize(size);
+  if (size > 0) comm.broadcast(text.data(), size, 0);
+  return text;
+}
+
+class Run {
+ public:
+  Run(const RunConfig& config, Comm& comm);
+
+  RunEnd train(bool resume);
+
+ private:
+  void say(const std::string& line) {
+    if (main_) console_.say(line);
+  }
+  void start(bool resume);
+  void resume_from(const std::string& path);
+  void init_from(const std::string& path);
+  StepMetrics step();
+  void evaluate();
+  void save();
+
+  RunConfig config_;
+  Comm& comm_;
+  const bool main_;  // rank 0: speaks and writes
+  Console console_;
+  TokenStore store_;
+  Sampler sampler_;
+  std::optional<Decoder> decoder_;
+  TapeMemory memory_{Device::cpu};
+  std::optional<TrainStep> step_;
+  std::optional<Evaluator> evaluator_;
+  std::optional<DensityController> controller_;
+  std::optional<MetricsWriter> metrics_;
+  TrainState state_;
+  double peak_rate_ = 0;     // matrix products, all ranks together
+  double step_seconds_ = 0;  // smoothed
+  int64_t saved_step_ = -1, evaluated_step_ = -1;
+};
+
+Run::Run(const RunConfig& config, Comm& comm)
+    : config_(config),
+      comm_(comm),
+      main_(comm.rank() == 0),
+      console_(stdout, config.train.log_every),
+      store_(config.data.path),
+      sampler_(store_, config.data.seq_len, config.train.seed) {
+  config_.model.vocab = store_.vocab();
+  if (store_.tokens(Split::validation) <= config.data.seq_len) {
+    throw ConfigError(
+        fmt::format("{}: the validation split has {} tokens, fewer than one sequence (data.seq_len "
+                    "{}); tokenize with a "
+                    "larger --validation",
+                    config.data.path, store_.tokens(Split::validation), config.data.seq_len));
+  }
+
+  const size_t before = resident_bytes();
+  decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
+                   Device::cpu);
+  const auto record = [&] {  // training and evaluation take turns in the same memory
+    memory_.rewind();
+    step_.emplace(config_, *decoder_, memory_, comm_);
+    memory_.rewind();
+    evaluator_.emplace(*decoder_, memory_, config.data.seq_len);
+  };
+  record();
+  const size_t parameters = 4 * decoder_->params().values().bytes();
+  say(fmt::format(
+      "{} parameters, {} layers, attention {}; {} rank{}, {} sequences of {} tokens a step",
+      decoder_->params().numel(), config.model.n_layer, config.attention.method, comm.size(),
+      comm.size() > 1 ? "s" : "", config.train.global_batch, config.data.seq_len));
+  say(fmt::format(
+      "memory a rank: {:.0f} MiB predicted (program {:.0f}, parameters and moments {:.0f}, "
+      "activations and gradients {:.0f})",
+      mib(before + parameters + memory_.peak()), mib(before), mib(parameters),
+      mib(memory_.peak())));
+  memory_.commit();
+  record();
+  if (double* gamma = decoder_->attention().gamma(); gamma && config.attention.target_density > 0) {
+    controller_.emplace(config.attention.target_density, *gamma);
+  }
+}
+
+void Run::start(bool resume) {
+  std::string checkpoint;
+  together(comm_, [&] {
+    if (!main_) return;
+    const std::string folder = config_.dir + "/checkpoints";
+    if (resume) {
+      checkpoint = newest_valid(folder).value_or("");
+    } else if (fs::exists(folder) && !fs::is_empty(folder)) {
+      throw ConfigError(fmt::format(
+          "{} has checkpoints already; continue it with --resume, or choose another run.dir",
+          config_.dir));
+    }
+  });
+  checkpoint = from_rank_0(comm_, checkpoint);
+  together(comm_, [&] {
+    if (!checkpoint.empty()) {
+      resume_from(checkpoint);
+    } else if (!config_.train.init_from.empty()) {
+      init_from(find_checkpoint(config_.train.init_from));
+    }
+    if (!main_) return;
+    fs::create_directories(config_.dir + "/checkpoints");
+    replace_file(config_.dir + "/config.yaml", to_yaml(config_));
+    metrics_.emplace(config_.dir, state_.step);
+  });
+  state_.rng = {config_.train.seed, 0, static_cast<uint64_t>(state_.sequences)};
+}
+
+void Run::resume_from(const std::string& path) {
+  const CheckpointInfo info = load_checkpoint(path, decoder_->params());
+  state_ = info.state;
+  require(info.data_fingerprint == store_.fingerprint(),
+          "{} was trained on other data than {}; to go on with new data, start a run with "
+          "train.init_from={}",
+          path, store_.path(), path);
+  require(state_.rng[0] == config_.train.seed,
+          "{} was trained with train.seed {}, which orders its data; do not change it on resume",
+          path, state_.rng[0]);
+  if (state_.controller.contains("gamma")) {
+    const double gamma = state_.controller.at("gamma");
+    if (double* g = decoder_->attention().gamma()) *g = gamma;
+    if (controller_) controller_->restore({gamma, state_.controller.at("density")});
+  }
+  saved_step_ = state_.step;
+  say(fmt::format("resumed from {} (step {})", path, state_.step));
+  if (info.ranks != comm_.size()) {
+    say(fmt::format("saved by {} ranks and resumed by {}: the same up to rounding, not bitwise",
+                    info.ranks, comm_.size()));
+  }
+  if (info.code_version != code_version()) {
+    say(fmt::format(
+        "saved by version {}, resumed by {}: bitwise only if the arithmetic is the same",
+        info.code_version, code_version()));
+  }
+}
+
+void Run::init_from(const std::string& path) {
+  const Shared shared = load_shared(path, decoder_->params());
+  require(!shared.taken.empty(), "{} shares no parameter with this model; see entrain info {}",
+          path, path);
+  auto list = [&](const char* what, const std::vector<std::string>& names) {
+    if (names.empty()) return;
+    say(fmt::format("  {}: {} ({}{})", what, names.size(), names.front(),
+                    names.size() > 1 ? ", ..., " + names.back() : ""));
+  };
+  say(fmt::format("starting from {}", path));
+  list("parameters taken", shared.taken);
+  list("new, started fresh", shared.fresh);
+  list("not used by this model", shared.unused);
+}
+
+StepMetrics Run::step() {
+  const auto begin = Clock::now();
+  const int64_t step = state_.step + 1;
+  const StepResult result = step_->run(step, state_.sequences, sampler_);
+  double* gamma = decoder_->attention().gamma();
+  const double gamma_used = gamma ? *gamma : 0;
+  if (controller_) *gamma = controller_->update(result.read.all.density);
+  state_.step = step;
+  state_.sequences += config_.train.global_batch;
+  state_.rng[2] = static_cast<uint64_t>(state_.sequences);
+
+  const double seconds = seconds_since(begin);
+  step_seconds_ = step_seconds_ == 0 ? seconds : 0.9 * step_seconds_ + 0.1 * seconds;
+  const double N = config_.data.seq_len, sequences = config_.train.global_batch;
+  // Forward and backward of a product are 2 and 4 operations a weight and token; attention has 4 D
+  // operations a query head and pair forward, twice that backward.
+  const double pairs = result.read.all.density * N * (N + 1) / 2;
+  const double flops = sequences * (6.0 * static_cast<double>(decoder_->matmul_params()) * N +
+                                    12.0 * pairs * config_.model.head_dim * config_.model.n_head *
+                                        config_.model.n_layer);
+  StepMetrics m;
+  m.step = step;
+  m.steps = config_.train.steps;
+  m.tokens = state_.sequences * config_.data.seq_len;
+  m.loss = result.loss;
+  m.lr = result.lr;
+  m.grad_norm = result.grad_norm;
+  m.tokens_per_second = sequences * N / seconds;
+  m.flops_per_second = flops / seconds;
+  m.peak_share = m.flops_per_second / peak_rate_;
+  m.density = result.read.all.density;
+  m.router_density = result.read.all.router_density;
+  m.gamma = gamma_used;
+  m.seconds_left = step_seconds_ * static_cast<double>(config_.train.steps - step);
+  return m;
+}
+
+void Run::evaluate() {
+  if (evaluated_step_ == state_.step) return;
+  evaluated_step_ = state_.step;
+  const EvalResult result = evaluator_->run(store_, config_.eval.sequences, comm_);
+  say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
+                  result.loss, result.perplexity, result.read.all.density));
+  if (!main_) return;
+  metrics_->write({{"step", state_.step},
+                   {"eval_loss", result.loss},
+                   {"eval_perplexity", result.perplexity},
+                   {"density", result.read.all.density},
+                   {"router_density", result.read.all.router_density}});
+}
+
+void Run::save() {
+  if (saved_step_ == state_.step) return;
+  saved_step_ = state_.step;
+  state_.controller.clear();
+  if (const double* gamma = decoder_->attention().gamma()) {
+    state_.controller["gamma"] = *gamma;
+    state_.controller["density"] = controller_ ? controller_->state().density : -1;
+  }
+  together(comm_, [&] {
+    if (!main_) return;
+    const std::string path = checkpoint_path(config_.dir, state_.step);
+    save_checkpoint(path, decoder_->params(), state_, to_yaml(config_), store_.fingerprint(),
+                    comm_.size());
+    prune(path, config_.checkpoint.keep);
+  });
+}
+
+RunEnd Run::train(bool resume) {
+  start(resume);
+  if (state_.step >= config_.train.steps) {
+    say(fmt::format("{} is complete: {} of {} steps; raise train.steps to go on", config_.dir,
+                    state_.step, config_.train.steps));
+    return RunEnd::complete;
+  }
+  peak_rate_ = matmul_rate();
+  comm_.sum(&peak_rate_, 1);
+  while (state_.step < config_.train.steps) {
+    const StepMetrics metrics = step();
+    if (main_) {
+      console_.step(metrics);
+      metrics_->write(to_json(metrics));
+    }
+    const bool last = state_.step == config_.train.steps;
+    const auto due = [&](int64_t every) { return last || (every > 0 && state_.step % every == 0); };
+    if (due(config_.eval.every)) evaluate();
+    if (due(config_.checkpoint.every)) save();
+    double stop = stop_requested() ? 1 : 0;
+    comm_.max(&stop, 1);
+    if (stop > 0 && !last) {
+      save();
+      say(fmt::format("stopped by a signal after step {}; continue with --resume", state_.step));
+      return RunEnd::stopped;
+    }
+  }
+  double peak = static_cast<double>(peak_resident_bytes());
+  comm_.max(&peak, 1);
+  say(fmt::format("done: {} steps, {} tokens; peak memory a rank {:.0f} MiB", state_.step,
+                  state_.sequences * config_.data.seq_len, mib(static_cast<size_t>(peak))));
+  return RunEnd::complete;
+}
+
+}  // namespace
+
+RunEnd train(const RunConfig& config, bool resume, Comm& comm) {
+  std::optional<Run> run;
+  together(comm, [&] { run.emplace(config, comm); });
+  return run->train(resume);
+}
+
+}  // namespace entrain

@@ -1,0 +1,53 @@
+#pragma once
+// One optimizer step: micro-batches forward and backward, gradients summed over ranks while the
+// backward pass still runs, clipping, AdamW. Everything is recorded once; a step allocates nothing.
+#include "core/tape.h"
+#include "data/sampler.h"
+#include "dist/comm.h"
+#include "model/decoder.h"
+#include "train/config.h"
+#include "train/read_report.h"
+
+namespace entrain {
+
+/// How a global batch is dealt to ranks.
+struct BatchPlan {
+  int64_t per_rank = 0;    // sequences of a rank
+  int64_t micro = 0;       // at once: the largest divisor of per_rank up to train.micro_batch
+  int64_t accumulate = 0;  // micro-batches of a step
+
+  /// Throws ConfigError unless the ranks divide the global batch.
+  BatchPlan(const TrainConfig& config, int ranks);
+};
+
+struct StepResult {
+  double loss = 0;       // nats a token, over the global batch
+  double grad_norm = 0;  // before clipping
+  double lr = 0;
+  ReadReport read;
+};
+
+class TrainStep {
+ public:
+  /// Records the step on `memory` (twice: once to count, once after commit).
+  TrainStep(const RunConfig& config, Decoder& decoder, TapeMemory& memory, Comm& comm);
+
+  /// Step number `step` (from 1) on the sampler's sequences from number `first` on. Throws Error
+  /// naming the step and the first op with a non-finite value when loss or gradients are not
+  /// finite; parameters are then as before the step.
+  StepResult run(int64_t step, int64_t first, Sampler& sampler);
+
+ private:
+  void fill(int64_t first, int64_t micro, Sampler& sampler);
+  [[noreturn]] void diagnose(int64_t step, int64_t first, Sampler& sampler, double loss);
+
+  const RunConfig& config_;
+  Decoder& decoder_;
+  Comm& comm_;
+  BatchPlan plan_;
+  Tape tape_;
+  Tensor tokens_, targets_, loss_;
+  bool last_micro_ = false;  // gradients are final when the backward pass leaves them
+};
+
+}  // namespace entrain
