@@ -147,29 +147,27 @@ void require_all(RunConfig& config, const Origins& origins, const std::string& f
 }  // namespace
 
 RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides) {
-  RunConfig config;
-  std::string yaml;
   try {
-    yaml = read_file(path);
+    return parse_config(read_file(path), path, overrides);
+  } catch (const ConfigError&) {
+    throw;
   } catch (const Error& error) {
     throw ConfigError(error.what());
   }
-  Origins origins = Reader(config, path).read(yaml);
+}
+
+RunConfig parse_config(const std::string& yaml, const std::string& origin,
+                       const std::vector<std::string>& overrides) {
+  RunConfig config;
+  Origins origins = Reader(config, origin).read(yaml);
   apply_overrides(config, overrides, origins);
-  require_all(config, origins, path);
+  require_all(config, origins, origin);
   try {
     check(config);
   } catch (const ConfigError& error) {
-    const auto origin = origins.find(error.key);
-    refuse("{}: {}", origin == origins.end() ? path : origin->second, error.what());
+    const auto at = origins.find(error.key);
+    refuse("{}: {}", at == origins.end() ? origin : at->second, error.what());
   }
-  return config;
-}
-
-RunConfig parse_config(const std::string& yaml, const std::string& origin) {
-  RunConfig config;
-  const Origins origins = Reader(config, origin).read(yaml);
-  require_all(config, origins, origin);
   return config;
 }
 

@@ -65,20 +65,19 @@ struct ConfigError : Error {
   std::string key;  // the key at fault, where check() found one
 };
 
-/// Reads a YAML file, applies overrides "section.key=value" (the last of several wins) and checks
-/// the result. Errors name file, line and the nearest valid key for an unknown key, a wrong type, a
-/// missing or impossible value.
-RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides);
+/// Reads YAML, applies overrides "section.key=value" (the last of several wins) and checks the
+/// result. Errors name file (or `origin`), line and the nearest valid key for an unknown key, a
+/// wrong type, a missing or impossible value.
+RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides = {});
+RunConfig parse_config(const std::string& yaml, const std::string& origin,
+                       const std::vector<std::string>& overrides = {});
 
 /// Checks ranges and combinations: divisibility, known names, the floor of target_density.
 void check(const RunConfig& config);
 
-/// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints.
-/// model.vocab is no key; it comes from the token store.
+/// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints,
+/// and what parse_config() reads back bit for bit. model.vocab is no key: the token store has it.
 std::string to_yaml(const RunConfig& config);
-/// The inverse, bit for bit, without check(); `origin` names the source in errors.
-RunConfig parse_config(const std::string& yaml, const std::string& origin);
-
 /// The table of keys, one a line: name, default, meaning. For --help and the documentation.
 std::string describe_keys();
 
