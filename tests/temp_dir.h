@@ -33,6 +33,7 @@ inline std::string read_file(const std::string& path) {
 
 inline void write_file(const std::string& path, const std::string& contents) {
   std::filesystem::create_directories(std::filesystem::path(path).parent_path());
+  std::filesystem::remove(path);  // rewriting in place waits for the disk
   std::ofstream(path, std::ios::binary) << contents;
 }
 

@@ -51,16 +51,27 @@ std::string reason() {
   return text.empty() ? "HDF5 gives no reason" : text;
 }
 
-/// Errors are thrown, not printed. And HDF5 cleans up nothing when the process exits: after a full
-/// disk it would follow what it could not write into memory already freed. close() has flushed all
-/// that counts.
-void prepare() {
-  static const herr_t once = H5dont_atexit();
-  static_cast<void>(once);
-  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+/// HDF5's own clean-up at exit follows what a full disk kept it from writing into memory already
+/// freed. Here it happens only when every write went well; close() has flushed all that counts.
+class Library {
+ public:
+  Library() {
+    H5dont_atexit();
+    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);  // errors are thrown, not printed
+  }
+  ~Library() {
+    if (!failed) H5close();
+  }
+  bool failed = false;
+};
+
+Library& library() {
+  static Library only;
+  return only;
 }
 
 [[noreturn]] void write_failed(const std::string& path, const std::string& what) {
+  library().failed = true;
   fail("{}: cannot write {}: {} (disk full?)", path, what, reason());
 }
 
@@ -307,7 +318,7 @@ struct File::Handle {
   bool writable = false;
 
   ~Handle() {
-    if (id >= 0) H5Fclose(id);
+    if (id >= 0 && H5Fclose(id) < 0) library().failed = true;
   }
   Handle(hid_t id, bool writable) : id(id), writable(writable) {}
   Handle(const Handle&) = delete;
@@ -327,7 +338,7 @@ int64_t File::id() const {
 }
 
 File File::open(const std::string& path) {
-  prepare();
+  library();
   struct stat status;
   if (stat(path.c_str(), &status) != 0 || ::access(path.c_str(), R_OK) != 0)
     fail("{}: {}", path, std::strerror(errno));
@@ -342,7 +353,7 @@ File File::open(const std::string& path) {
 }
 
 File File::create(const std::string& path) {
-  prepare();
+  library();
   const Id access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   H5Pset_fclose_degree(access, H5F_CLOSE_STRONG);
   // The newer layout checksums all metadata, so damage is reported instead of followed, and lets
@@ -555,6 +566,7 @@ void File::close() {
   handle_->id = H5I_INVALID_HID;
   handle_.reset();
   const bool closed = H5Fclose(file) >= 0;
+  if (!flushed || !closed) library().failed = true;
   require(flushed && closed, "{}: cannot finish writing: {} (disk full?)", path_,
           flushed ? reason() : why);
   if (!writable) return;

@@ -186,8 +186,9 @@ void TokenStore::read(Split split, int64_t begin, int64_t count, int32_t* into) 
   const auto vocab = static_cast<uint32_t>(mapped_->vocab);
   const int64_t good = tokens.dtype == DType::u16 ? widen<uint16_t>(data, count, vocab, into)
                                                   : widen<uint32_t>(data, count, vocab, into);
-  require(good == count, "{}: damaged: token {} of {} is {}, beyond the vocabulary of {}", path(),
-          begin + good, name_of(split), static_cast<uint32_t>(into[good]), vocab);
+  if (good < count)
+    fail("{}: damaged: token {} of {} is {}, beyond the vocabulary of {}", path(), begin + good,
+         name_of(split), static_cast<uint32_t>(into[good]), vocab);
 }
 
 }  // namespace entrain
