@@ -6,6 +6,6 @@ licence="BSD-3-Clause"
 packages=(golang-1.19-src golang-1.21-src golang-1.22-src)  # the first one the distribution has
 root='usr/share/go-1.??/src'
 glob='*.go'
-known_sha256=(
-  golang-1.19-src=1.19.8-2=2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a
+declare -A known_sha256=(
+  ["golang-1.19-src 1.19.8-2"]=2dfa82fe4f08f4e0193c532e561af4c91871f5235608f04f2bb8d57bb288df5a
 )
