@@ -140,7 +140,8 @@ struct Scratch {
 template <class T>
 thread_local Scratch<T> scratch_of_thread;
 
-/// Queries whose rows go through the products together: about 96 rows, a multiple of the micro-kernel's.
+/// Queries whose rows go through the products together: about 96 rows, a multiple of the
+/// micro-kernel's.
 int64_t batch_of(const AttentionShape& s) {
   return std::max<int64_t>(1, 96 / s.g);
 }

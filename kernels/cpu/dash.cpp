@@ -69,27 +69,29 @@ class RoutedTile {
     grow(w, width);
     std::fill_n(w.begin(), width, 0.0);
     for (int64_t h = 0; h < g; ++h) {
-      const double* score = z.data() + (query * g + h) * width;
-      for (int64_t c = range.begin; c < range.end; ++c) {
-        const double x = entmax_probability(score[c], tau[h], routing.alpha);
-        p[h * width + c] = x;
-        w[c] += x;
-      }
+      double* head = p.data() + h * width;
+      entmax_probabilities(z.data() + (query * g + h) * width + range.begin, range.count(), tau[h],
+                           routing.alpha, head + range.begin);
+      for (int64_t c = range.begin; c < range.end; ++c) w[c] += head[c];
     }
     for (int64_t c = range.begin; c < range.end; ++c) w[c] /= static_cast<double>(g);
   }
 
-  static void grow(std::vector<double>& v, int64_t n) {
+  template <class V>
+  static void grow(V& v, int64_t n) {
     if (v.size() < static_cast<size_t>(n)) v.resize(static_cast<size_t>(n));
   }
 
-  int64_t width = 0;            // candidates of the tile's last query
-  std::vector<double> queries;  // [rows, D], times gamma / sqrt(D)
-  std::vector<double> keys_t;   // [D, width]
-  std::vector<double> z;        // [rows, width]
-  std::vector<double> p;        // [g, width] entmax of one query
-  std::vector<double> w;        // [width]
-  std::vector<double> dlogits, dw, dz, dq;
+  int64_t width = 0;             // candidates of the tile's last query
+  std::vector<double> queries;   // [rows, D], times gamma / sqrt(D)
+  std::vector<double> keys_t;    // [D, width]
+  std::vector<double> z;         // [rows, width]
+  std::vector<double> p;         // [g, width] entmax of one query
+  std::vector<double> w;         // [width]
+  std::vector<double> kept;      // [width] scratch of a row
+  std::vector<int64_t> support;  // [width] chunks with w > 0 of one query
+  std::vector<double> tau;       // [g]
+  std::vector<double> dw, dq;
 };
 
 thread_local RoutedTile tile_of_thread;
@@ -183,36 +185,42 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
           tile.load(qv, kbar.ptr<double>() + (b * s.Hkv + r) * M * s.D, s, routing, b, r, first,
                     count);
           double entries = 0;
-          std::vector<double>& threshold = tile.dz;
-          RoutedTile::grow(threshold, s.g);
+
+          RoutedTile::grow(tile.tau, s.g);
+          RoutedTile::grow(tile.kept, tile.width);
+          RoutedTile::grow(tile.support, tile.width);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
             const Candidates range(routing, own);
             for (int64_t h = 0; h < s.g; ++h) {
               const double* z = tile.z.data() + (i * s.g + h) * tile.width;
-              threshold[h] = range.count() > 0
-                                 ? entmax_threshold(z + range.begin, range.count(), routing.alpha)
-                                 : 0;
-              tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i] = threshold[h];
+              tile.tau[h] = range.count() > 0 ? entmax_threshold(z + range.begin, range.count(),
+                                                                 routing.alpha, tile.kept.data())
+                                              : 0;
+              tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i] = tile.tau[h];
             }
-            tile.weigh(routing, s.g, i, range, threshold.data());
+            tile.weigh(routing, s.g, i, range, tile.tau.data());
 
             uint64_t* mask = blocks.mask.ptr<uint64_t>() + at * words;
             T* bias = blocks.bias.ptr<T>() + at * M;
             std::fill_n(mask, words, 0);
             std::fill_n(bias, M, T{0});
-            double sum = 0;
-            int64_t support = 0;
+            int64_t support = 0;  // its chunks, then log(w + eps) of each
             for (int64_t c = range.begin; c < range.end; ++c) {
-              if (tile.w[c] > 0) sum += std::log(tile.w[c] + routing.prior_eps), ++support;
+              tile.support[static_cast<size_t>(support)] = c;
+              support += tile.w[c] > 0 ? 1 : 0;
             }
-            const double mu =
-                routing.center && support > 0 ? sum / static_cast<double>(support) : 0;
-            for (int64_t c = range.begin; c < range.end; ++c) {
-              if (!(tile.w[c] > 0)) continue;
+            double mu = 0;
+            for (int64_t x = 0; x < support; ++x) {
+              const int64_t c = tile.support[static_cast<size_t>(x)];
+              tile.kept[x] = std::log(tile.w[c] + routing.prior_eps);
+              mu += tile.kept[x];
+            }
+            mu = routing.center && support > 0 ? mu / static_cast<double>(support) : 0;
+            for (int64_t x = 0; x < support; ++x) {
+              const int64_t c = tile.support[static_cast<size_t>(x)];
               mask[c / 64] |= uint64_t{1} << (c % 64);
-              bias[c] =
-                  static_cast<T>((std::log(tile.w[c] + routing.prior_eps) - mu) / routing.sigma);
+              bias[c] = static_cast<T>((tile.kept[x] - mu) / routing.sigma);
             }
             for (int64_t c = 0; c <= own; ++c) {
               if (c < routing.init_blocks || c > own - routing.local_blocks) {
@@ -266,29 +274,29 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
             const int64_t rows = count * s.g;
             tile.load(qv, keys, s, routing, b, r, first, count);
             const int64_t width = tile.width;
-            RoutedTile::grow(tile.dlogits, width);
             RoutedTile::grow(tile.dw, width);
-            RoutedTile::grow(tile.dz, s.g + 1);
+            RoutedTile::grow(tile.tau, s.g);
             RoutedTile::grow(tile.dq, rows * s.D);
             for (int64_t i = 0; i < count; ++i) {
               const int64_t at = (b * s.Hkv + r) * s.N + first + i;
               const Candidates range(routing, (first + i) / routing.chunk);
               for (int64_t h = 0; h < s.g; ++h) {
-                tile.dz[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
+                tile.tau[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
               }
-              tile.weigh(routing, s.g, i, range, tile.dz.data());
+              tile.weigh(routing, s.g, i, range, tile.tau.data());
               const T* block_sums = dbias.ptr<T>() + at * M;
-              double mean = 0;
-              int64_t support = 0;
+              double mean = 0, support = 0;  // block_sums is 0 off the support
+#pragma omp simd reduction(+ : mean, support)
               for (int64_t c = range.begin; c < range.end; ++c) {
-                if (tile.w[c] > 0) mean += block_sums[c], ++support;
+                mean += block_sums[c];
+                support += tile.w[c] > 0 ? 1.0 : 0.0;
               }
-              mean = routing.center && support > 0 ? mean / static_cast<double>(support) : 0;
+              mean = routing.center && support > 0 ? mean / support : 0;
+              const double share = 1 / (routing.sigma * static_cast<double>(s.g));
+#pragma omp simd
               for (int64_t c = range.begin; c < range.end; ++c) {
-                const double dl = (block_sums[c] - mean) / routing.sigma;
-                tile.dw[c] = tile.w[c] > 0
-                                 ? dl / (tile.w[c] + routing.prior_eps) / static_cast<double>(s.g)
-                                 : 0;
+                const double w = tile.w[c] > 0 ? tile.w[c] + routing.prior_eps : 1.0;
+                tile.dw[c] = tile.w[c] > 0 ? (block_sums[c] - mean) * share / w : 0.0;
               }
               for (int64_t h = 0; h < s.g; ++h) {  // scores are done with: dz takes their place
                 double* dz = tile.z.data() + (i * s.g + h) * width;

@@ -19,10 +19,10 @@ void Kernels<Device::cpu>::entmax(Tensor z, Tensor length, double alpha, Tensor 
       if (valid == 0) continue;
       const T* in = z.ptr<T>() + row * n;
       const std::vector<double> score(in, in + valid);
-      const double tau = entmax_threshold(score.data(), valid, alpha);
-      for (int64_t c = 0; c < valid; ++c) {
-        out[c] = static_cast<T>(entmax_probability(score[static_cast<size_t>(c)], tau, alpha));
-      }
+      std::vector<double> prob(score.size());
+      const double tau = entmax_threshold(score.data(), valid, alpha, prob.data());
+      entmax_probabilities(score.data(), valid, tau, alpha, prob.data());
+      std::copy(prob.begin(), prob.end(), out);
     }
   });
 }
