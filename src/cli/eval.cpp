@@ -88,7 +88,7 @@ void run(const Options& options) {
       evaluator = std::make_unique<Evaluator>(*decoder, memory, config.data.seq_len);
     }
   });
-  const EvalResult result = evaluator->run(*store, config.eval.sequences, *comm);
+  const EvalResult result = evaluator->run(*store, Split::validation, config.eval.sequences, *comm);
   if (comm->rank() != 0) return;
   options.json ? print_json(config, info, result) : print_text(config, path, result);
 }

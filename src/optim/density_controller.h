@@ -6,7 +6,7 @@ namespace entrain {
 
 /// An integral controller in log space: each step moves log gamma by `rate` times the log ratio of
 /// the smoothed density to the target. Density falls as gamma grows, so the loop is stable, and
-/// slow enough (some 20 steps) that the model follows.
+/// slow enough (some 10 steps) that the model follows.
 class DensityController {
  public:
   struct State {

@@ -14,9 +14,9 @@ Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
   loss_ = decoder.loss(tape_, tokens_, targets_, 1);
 }
 
-EvalResult Evaluator::run(const TokenStore& store, int64_t sequences, Comm& comm) {
+EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequences, Comm& comm) {
   const auto begin = std::chrono::steady_clock::now();
-  const int64_t seq_len = tokens_[1], available = (store.tokens(Split::validation) - 1) / seq_len;
+  const int64_t seq_len = tokens_[1], available = (store.tokens(split) - 1) / seq_len;
   require(
       available > 0,
       "{}: the validation split has {} tokens, fewer than one sequence of data.seq_len + 1 = {}",
@@ -26,7 +26,7 @@ EvalResult Evaluator::run(const TokenStore& store, int64_t sequences, Comm& comm
   collect_read(comm, decoder_.read());  // clears what training counted
   double sum = 0;
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
-    store.read(Split::validation, i * available / sequences * seq_len, seq_len + 1, window.data());
+    store.read(split, i * available / sequences * seq_len, seq_len + 1, window.data());
     std::copy(window.begin(), window.end() - 1, tokens_.ptr<int32_t>());
     std::copy(window.begin() + 1, window.end(), targets_.ptr<int32_t>());
     tape_.forward();

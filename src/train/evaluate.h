@@ -1,5 +1,5 @@
 #pragma once
-// Loss on the validation split.
+// Loss and density of a model on held-out tokens.
 #include "core/tape.h"
 #include "data/token_store.h"
 #include "dist/comm.h"
@@ -21,9 +21,9 @@ class Evaluator {
   /// Records a forward pass of one sequence on `memory`.
   Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len);
 
-  /// `sequences` of the validation split, spread evenly over it and shared by the ranks; fewer
-  /// where it is shorter. Throws Error when it is shorter than one. Gamma stays as it is.
-  EvalResult run(const TokenStore& store, int64_t sequences, Comm& comm);
+  /// `sequences` of a split, spread evenly over it and shared by the ranks; fewer where it is
+  /// shorter. Throws Error when it is shorter than one. Gamma stays as it is.
+  EvalResult run(const TokenStore& store, Split split, int64_t sequences, Comm& comm);
 
  private:
   Decoder& decoder_;

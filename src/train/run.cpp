@@ -1,6 +1,7 @@
 #include "train/run.h"
 
 #include <chrono>
+#include <cmath>
 #include <filesystem>
 #include <optional>
 
@@ -52,6 +53,7 @@ class Run {
   void start(bool resume);
   void resume_from(const std::string& path);
   void init_from(const std::string& path);
+  void seek_density();
   StepMetrics step();
   void evaluate();
   void save();
@@ -90,6 +92,7 @@ Run::Run(const RunConfig& config, Comm& comm)
                     config.data.path, store_.tokens(Split::validation), config.data.seq_len));
   }
 
+  peak_rate_ = matmul_rate();  // also makes BLAS take its buffers before memory is measured
   const size_t before = resident_bytes();
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
                    Device::cpu);
@@ -118,6 +121,7 @@ Run::Run(const RunConfig& config, Comm& comm)
 }
 
 void Run::start(bool resume) {
+  comm_.sum(&peak_rate_, 1);
   std::string checkpoint;
   together(comm_, [&] {
     if (!main_) return;
@@ -188,6 +192,22 @@ void Run::init_from(const std::string& path) {
   list("not used by this model", shared.unused);
 }
 
+// Untrained routers read everything or nothing: find the gamma that reads the target before the
+// first step, by bisection on a few training sequences, and leave the rest to the controller.
+void Run::seek_density() {
+  double& gamma = *decoder_->attention().gamma();
+  const double target = config_.attention.target_density;
+  double low = 0, high = 0, density = 0;  // gammas that read too much and too little; 0: none yet
+  for (int i = 0; i < 16; ++i) {
+    density = evaluator_->run(store_, Split::train, comm_.size(), comm_).read.all.density;
+    if (std::abs(density / target - 1) < 0.05) break;
+    (density > target ? low : high) = gamma;
+    gamma = high == 0 ? 8 * low : (low == 0 ? high / 8 : std::sqrt(low * high));
+  }
+  controller_->restore({gamma, density});
+  say(fmt::format("gamma {:.4g} reads density {:.3f} before training", gamma, density));
+}
+
 StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
@@ -228,7 +248,8 @@ StepMetrics Run::step() {
 void Run::evaluate() {
   if (evaluated_step_ == state_.step) return;
   evaluated_step_ = state_.step;
-  const EvalResult result = evaluator_->run(store_, config_.eval.sequences, comm_);
+  const EvalResult result =
+      evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
   say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
                   result.loss, result.perplexity, result.read.all.density));
   if (!main_) return;
@@ -263,8 +284,7 @@ RunEnd Run::train(bool resume) {
                     state_.step, config_.train.steps));
     return RunEnd::complete;
   }
-  peak_rate_ = matmul_rate();
-  comm_.sum(&peak_rate_, 1);
+  if (controller_ && state_.step == 0) seek_density();
   while (state_.step < config_.train.steps) {
     const StepMetrics metrics = step();
     if (main_) {
