@@ -31,7 +31,7 @@ class DashAttention : public AttentionMethod {
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const DashRouting routing = routing_;
-    const auto [q, k, v] = std::tuple(in.q, in.k, in.v);
+    const Var q = in.q, k = in.k, v = in.v;
     const Var summary = in.params.at(0);
     const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
     const int64_t Hkv = k.value[1], M = (N + routing.chunk - 1) / routing.chunk;

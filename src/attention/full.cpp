@@ -10,7 +10,7 @@ class FullAttention : public AttentionMethod {
 
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
-    const auto [q, k, v] = std::tuple(in.q, in.k, in.v);
+    const Var q = in.q, k = in.k, v = in.v;
     const BlockSet every_block;
     const Tensor lse = tape.keep({q.value[0], q.value[1], q.value[2]});
     const Tensor keys = tape.scratch(k.value.shape);
