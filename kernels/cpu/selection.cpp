@@ -20,7 +20,7 @@ struct WindowTile : ScoreTile {
     grow(weights, visible);
     std::fill_n(weights.begin(), visible, 0.0);
     for (int64_t h = 0; h < g; ++h) {
-      double* p = z.data() + (query * g + h) * width;
+      double* p = z.data() + (query * g + h) * step;
       double top = -INFINITY;
 #pragma omp simd reduction(max : top)
       for (int64_t m = 0; m < visible; ++m) top = std::max(top, p[m]);
