@@ -21,7 +21,7 @@ class InfLlmV2Attention : public AttentionMethod {
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const BlockSelection selection = selection_;
-    const auto [q, k, v] = std::tuple(in.q, in.k, in.v);
+    const Var q = in.q, k = in.k, v = in.v;
     const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
     const int64_t Hkv = k.value[1], M = (N + selection.block - 1) / selection.block;
 

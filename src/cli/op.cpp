@@ -45,6 +45,7 @@ void add_op(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* op = app.add_subcommand("op", "Run one operation on tensors from an HDF5 file");
   std::vector<std::string> names;
+  names.reserve(operations.size());
   for (const auto& [name, f] : operations) names.push_back(name);
   op->add_option("operation", options->operation, "entmax, full, dash, infllmv2 or model")
       ->required()
