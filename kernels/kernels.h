@@ -29,10 +29,27 @@ struct DashRouting {
   const double* gamma = nullptr;  // read when the kernel runs: a controller moves it
 };
 
+/// Blocks chosen by how much a query attends windows of keys (NSA, arXiv 2502.11089; InfLLM-V2,
+/// arXiv 2509.24663). Window m is tokens [m stride, m stride + length); queries see it once it is
+/// complete.
+struct BlockSelection {
+  int64_t block = 64;
+  int64_t topk = 16;  // blocks of a query, forced ones included
+  int64_t init_blocks = 1;
+  int64_t local_blocks = 2;
+  int64_t length = 32;
+  int64_t stride = 16;
+
+  /// Windows complete within a number of tokens.
+  int64_t windows(int64_t tokens) const {
+    return tokens < length ? 0 : (tokens - length) / stride + 1;
+  }
+};
+
 /// What attention read, per kv head, added to on every forward: f64 [Hkv, read_fields].
 enum ReadField : uint8_t {
   read_pairs,    // query-key pairs attended
-  read_router,   // entries the router read (summaries)
+  read_router,   // entries the router read (summaries, windows)
   read_causal,   // query-key pairs a causal query could attend
   read_blocks,   // blocks attended, summed over queries
   read_queries,  // queries
@@ -98,6 +115,14 @@ struct Kernels {
   void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                            Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
   static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);
+
+  /// Mean keys of windows: pooled f64 [B, Hkv, W, D], W = selection.windows(N).
+  void pool_windows(Tensor k, const BlockSelection& selection, Tensor pooled) const;
+  /// mask as attention takes it: the forced blocks, then the best-scored, topk in all. A query's
+  /// softmax over the windows it sees, summed over the group's heads, scores windows; the best
+  /// window that overlaps a block scores the block. Equal scores go to the lower block.
+  void select_blocks(Tensor q, Tensor pooled, const BlockSelection& selection, Tensor mask,
+                     Tensor read) const;
 
   /// alpha-entmax over the first length[r] entries of each row of z [R, n], exact zeros elsewhere.
   void entmax(Tensor z, Tensor length, double alpha, Tensor p) const;

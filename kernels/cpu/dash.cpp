@@ -7,8 +7,7 @@
 
 #include "kernels/cpu/by_type.h"
 #include "kernels/cpu/entmax.h"
-#include "kernels/cpu/tile.h"
-#include "kernels/cpu/views.h"
+#include "kernels/cpu/score_tile.h"
 
 namespace entrain {
 namespace {
@@ -41,25 +40,14 @@ struct Candidates {
 };
 
 /// One tile of queries of one kv head: scores, entmax and the group's weights.
-class RoutedTile {
+class RoutedTile : public ScoreTile {
  public:
   template <class T>
   void load(const HeadView<T>& q, const double* kbar, const AttentionShape& s,
             const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count) {
     const Candidates last(routing, (first + count - 1) / routing.chunk);
-    width = last.count() > 0 ? last.end : 0;
-    const double scale = *routing.gamma / std::sqrt(static_cast<double>(s.D));
-    const int64_t rows = count * s.g;
-    grow(queries, rows * s.D);
-    grow(keys_t, width * s.D);
-    grow(z, rows * width);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* from = q.at(b, r * s.g + i % s.g, first + i / s.g);
-      for (int64_t d = 0; d < s.D; ++d) queries[i * s.D + d] = scale * from[d];
-    }
-    tile::transpose(width, s.D, kbar, s.D, keys_t.data(), width);
-    tile::gemm(rows, width, s.D, queries.data(), s.D, int64_t{1}, keys_t.data(), width, z.data(),
-               width);
+    ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0,
+                    *routing.gamma / std::sqrt(static_cast<double>(s.D)), s, b, r, first, count);
   }
 
   /// The routing weights w of one query from its heads' scores and thresholds.
@@ -70,22 +58,13 @@ class RoutedTile {
     std::fill_n(w.begin(), width, 0.0);
     for (int64_t h = 0; h < g; ++h) {
       double* head = p.data() + h * width;
-      entmax_probabilities(z.data() + (query * g + h) * width + range.begin, range.count(), tau[h],
+      entmax_probabilities(z.data() + (query * g + h) * step + range.begin, range.count(), tau[h],
                            routing.alpha, head + range.begin);
       for (int64_t c = range.begin; c < range.end; ++c) w[c] += head[c];
     }
     for (int64_t c = range.begin; c < range.end; ++c) w[c] /= static_cast<double>(g);
   }
 
-  template <class V>
-  static void grow(V& v, int64_t n) {
-    if (v.size() < static_cast<size_t>(n)) v.resize(static_cast<size_t>(n));
-  }
-
-  int64_t width = 0;             // candidates of the tile's last query
-  std::vector<double> queries;   // [rows, D], times gamma / sqrt(D)
-  std::vector<double> keys_t;    // [D, width]
-  std::vector<double> z;         // [rows, width]
   std::vector<double> p;         // [g, width] entmax of one query
   std::vector<double> w;         // [width]
   std::vector<double> kept;      // [width] scratch of a row
@@ -193,7 +172,7 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
             const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
             const Candidates range(routing, own);
             for (int64_t h = 0; h < s.g; ++h) {
-              const double* z = tile.z.data() + (i * s.g + h) * tile.width;
+              const double* z = tile.z.data() + (i * s.g + h) * tile.step;
               tile.tau[h] = range.count() > 0 ? entmax_threshold(z + range.begin, range.count(),
                                                                  routing.alpha, tile.kept.data())
                                               : 0;
@@ -273,7 +252,7 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
             const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
             const int64_t rows = count * s.g;
             tile.load(qv, keys, s, routing, b, r, first, count);
-            const int64_t width = tile.width;
+            const int64_t width = tile.width, step = tile.step;
             RoutedTile::grow(tile.dw, width);
             RoutedTile::grow(tile.tau, s.g);
             RoutedTile::grow(tile.dq, rows * s.D);
@@ -299,7 +278,7 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
                 tile.dw[c] = tile.w[c] > 0 ? (block_sums[c] - mean) * share / w : 0.0;
               }
               for (int64_t h = 0; h < s.g; ++h) {  // scores are done with: dz takes their place
-                double* dz = tile.z.data() + (i * s.g + h) * width;
+                double* dz = tile.z.data() + (i * s.g + h) * step;
                 entmax_row_backward(tile.p.data() + h * width + range.begin,
                                     tile.dw.data() + range.begin, range.count(), routing.alpha,
                                     dz + range.begin);
@@ -308,10 +287,10 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
               }
             }
             // queries carry gamma / sqrt(D) already
-            tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, width, tile.queries.data(), s.D,
+            tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, step, tile.queries.data(), s.D,
                        dk_part, s.D, true);
-            tile::gemm(rows, s.D, width, tile.z.data(), width, int64_t{1}, keys, s.D,
-                       tile.dq.data(), s.D);
+            tile::gemm(rows, s.D, width, tile.z.data(), step, int64_t{1}, keys, s.D, tile.dq.data(),
+                       s.D);
             for (int64_t i = 0; i < rows; ++i) {
               T* dq = dqv.at(b, r * s.g + i % s.g, first + i / s.g);
               for (int64_t d = 0; d < s.D; ++d) {

@@ -78,7 +78,8 @@ void check_target_density(const RunConfig& c) {
   require_key(target > 0.0 && target <= 1.0, key, "must be in (0, 1], or 0 for none, not {}",
               target);
   require_key(c.attention.method == "dash", key,
-              "needs attention.method dash: {} attention reads everything", c.attention.method);
+              "needs attention.method dash: {} attention has no gamma to drive",
+              c.attention.method);
   require_key(c.attention.alpha > 1.0, key,
               "needs attention.alpha above 1: softmax routes to every chunk");
 
@@ -103,6 +104,15 @@ void check_attention(const AttentionConfig& a) {
   at_least(0.0, "attention.prior_eps", a.prior_eps);
   at_least(0, "attention.init_blocks", a.init_blocks);
   at_least(1, "attention.local_blocks", a.local_blocks);
+  at_least(1, "attention.block", a.block);
+  at_least(1, "attention.topk", a.topk);
+  at_least(1, "attention.l", a.l);
+  at_least(1, "attention.d", a.d);
+  const int64_t forced = int64_t{a.init_blocks} + a.local_blocks;
+  require_key(a.method != "infllmv2" || a.topk >= forced, "attention.topk",
+              "{} is less than the forced blocks, attention.init_blocks {} and "
+              "attention.local_blocks {}; take {} or more",
+              a.topk, a.init_blocks, a.local_blocks, forced);
 }
 
 void check_optim(const OptimConfig& o, int64_t steps) {

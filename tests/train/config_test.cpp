@@ -324,7 +324,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"model.d_ff", {"0"}},
       {"model.rope_theta", {"0"}},
       {"model.norm_eps", {"0"}},
-      {"attention.method", {"flash", "", "nsa", "infllmv2"}},
+      {"attention.method", {"flash", "", "nsa"}},
       {"attention.chunk", {"0"}},
       {"attention.alpha", {"0.99", "2.01"}},
       {"attention.gamma", {"0", "-1"}},
@@ -332,6 +332,10 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"attention.prior_eps", {"-1e-9"}},
       {"attention.init_blocks", {"-1"}},
       {"attention.local_blocks", {"0"}},
+      {"attention.block", {"0"}},
+      {"attention.topk", {"0"}},
+      {"attention.l", {"0"}},
+      {"attention.d", {"0"}},
       {"attention.target_density", {"-0.1", "1.1"}},
       {"data.path", {""}},
       {"data.seq_len", {"1"}},
@@ -365,7 +369,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
   EXPECT_EQ(with("train.schedule", "cosin"),
             "train.schedule must be cosine or linear or constant, not 'cosin'");
   EXPECT_EQ(with("attention.method", "nsa"),
-            "attention.method must be full or dash, not 'nsa'");
+            "attention.method must be full or dash or infllmv2, not 'nsa'");
 }
 
 TEST_F(Check, AcceptsTheEndsOfRanges) {
@@ -408,13 +412,29 @@ TEST_F(Check, RefusesATargetBelowTheFloorAndItsAdviceWorks) {
   EXPECT_NE(low(12, 1024, 1), "no error");
 }
 
+TEST_F(Check, TopkHoldsTheForcedBlocks) {
+  const auto forced = [&](const char* method, int topk) {
+    return with([&](RunConfig& c) {
+      c.attention.method = method;
+      c.attention.topk = topk;
+      c.attention.init_blocks = 1;
+      c.attention.local_blocks = 2;
+    });
+  };
+  EXPECT_EQ(forced("infllmv2", 2),
+            "attention.topk 2 is less than the forced blocks, attention.init_blocks 1 and "
+            "attention.local_blocks 2; take 3 or more");
+  EXPECT_EQ(forced("infllmv2", 3), "no error");
+  EXPECT_EQ(forced("dash", 2), "no error");  // has no topk
+}
+
 TEST_F(Check, TargetDensityNeedsASparseMethod) {
   EXPECT_EQ(
       with([](RunConfig& c) {
         c.attention.method = "full";
         c.attention.target_density = 0.5;
       }),
-      "attention.target_density needs attention.method dash: full attention reads everything");
+      "attention.target_density needs attention.method dash: full attention has no gamma to drive");
   EXPECT_EQ(
       with([](RunConfig& c) {
         c.attention.alpha = 1.0;

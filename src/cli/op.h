@@ -1,0 +1,76 @@
+#pragma once
+// What the operations of `entrain op` share: a case of a file, and their names.
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/arena.h"
+#include "core/h5.h"
+
+namespace entrain::cli {
+
+/// One group: reads inputs and parameters, collects results and writes them.
+class Case {
+ public:
+  Case(const h5::File& in, std::string group, DType real)
+      : real(real), in_(in), group_(std::move(group)) {}
+
+  const DType real;  // type of the arithmetic
+
+  bool has(const std::string& name) const { return in_.has(group_ + "/in/" + name); }
+  std::vector<std::string> inputs() const { return in_.datasets(group_ + "/in"); }
+
+  Tensor input(const std::string& name, DType dtype, int rank) {
+    const std::string path = group_ + "/in/" + name;
+    require(in_.has(path), "{}: case {} has no input in/{}", in_.path(), group_, name);
+    const Shape shape = in_.shape(path);
+    require(shape.rank == rank && shape.numel() > 0,
+            "{}: {} has shape {}; {} dimensions are needed", in_.path(), path, shape.to_string(),
+            rank);
+    const Tensor t = make(shape, dtype);
+    in_.read(path, t);
+    return t;
+  }
+
+  double parameter(const std::string& name, double otherwise) const {
+    return in_.has_attribute(group_, name) ? in_.number(group_, name) : otherwise;
+  }
+  int64_t required(const std::string& name) const {
+    require(in_.has_attribute(group_, name), "{}: case {} has no attribute {}", in_.path(), group_,
+            name);
+    return in_.integer(group_, name);
+  }
+  std::string text(const std::string& name) const { return in_.text(group_, name); }
+  std::string where() const { return in_.path() + ": case " + group_; }
+
+  Tensor make(Shape shape) { return make(shape, real); }
+  Tensor make(Shape shape, DType dtype) {
+    memory_.emplace_back(static_cast<size_t>(shape.numel()) * size_of(dtype), Device::cpu);
+    return Tensor::of(memory_.back().data(), shape, dtype);
+  }
+  Tensor result(const std::string& name, Shape shape) { return result(name, shape, real); }
+  Tensor result(const std::string& name, Shape shape, DType dtype) {
+    return results_[name] = make(shape, dtype);
+  }
+
+  void write(h5::File& out) const {
+    for (const auto& [name, value] : results_) {
+      out.write(group_ + "/" + name, value, h5::Pack::gzip);
+    }
+  }
+
+ private:
+  const h5::File& in_;
+  std::string group_;
+  std::vector<Buffer> memory_;
+  std::map<std::string, Tensor> results_;
+};
+
+// The operations; each throws Error where the case does not fit.
+void run_entmax(Case& c);
+void run_full(Case& c);
+void run_dash(Case& c);
+void run_infllmv2(Case& c);
+void run_model(Case& c);
+
+}  // namespace entrain::cli

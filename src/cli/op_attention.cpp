@@ -1,0 +1,167 @@
+// entrain op entmax | full | dash | infllmv2: kernels on the tensors of a case.
+#include <bit>
+
+#include "cli/op.h"
+#include "kernels/kernels.h"
+
+namespace entrain::cli {
+namespace {
+
+const Kernels<Device::cpu> kernels;
+
+void check_alpha(const Case& c, double alpha) {
+  require(alpha >= 1 && alpha <= 2, "{}: alpha is {}, not in [1, 2]", c.where(), alpha);
+}
+
+/// Inputs and results that the methods share.
+struct Attention {
+  explicit Attention(Case& c)
+      : q(c.input("q", c.real, 4)), k(c.input("k", c.real, 4)), v(c.input("v", c.real, 4)) {
+    require(k.shape == v.shape && k[0] == q[0] && k[2] == q[2] && k[3] == q[3] && q[1] % k[1] == 0,
+            "{}: q {}, k {} and v {} do not fit together", c.where(), q.shape.to_string(),
+            k.shape.to_string(), v.shape.to_string());
+    o = c.result("out/out", q.shape);
+    lse = c.make({q[0], q[1], q[2]});
+    keys = c.make(k.shape);
+    read = c.make({k[1], read_fields}, DType::f64);
+    if (!c.has("dout")) return;
+    dout = c.input("dout", c.real, 4);
+    require(dout.shape == q.shape, "{}: dout {} is not of the shape of q {}", c.where(),
+            dout.shape.to_string(), q.shape.to_string());
+    dq = c.result("grad/q", q.shape);
+    dk = c.result("grad/k", k.shape);
+    dv = c.result("grad/v", v.shape);
+    scratch = c.make({kernels.attention_backward_scratch(q.shape, k.shape)});
+  }
+
+  /// out/density, of what the forward pass read.
+  void density(Case& c) const {
+    double pairs = 0, causal = 0;
+    for (int64_t r = 0; r < k[1]; ++r) {
+      pairs += read.ptr<double>()[r * read_fields + read_pairs];
+      causal += read.ptr<double>()[r * read_fields + read_causal];
+    }
+    c.result("out/density", {1}, DType::f64).ptr<double>()[0] = pairs / causal;
+  }
+
+  Tensor q, k, v, o, lse, keys, read, dout, dq, dk, dv, scratch;
+};
+
+}  // namespace
+
+void run_entmax(Case& c) {
+  const double alpha = c.parameter("alpha", 1.5);
+  check_alpha(c, alpha);
+  const Tensor z = c.input("z", c.real, 2), length = c.input("length", DType::i32, 1);
+  require(length[0] == z[0], "{}: {} lengths for {} rows", c.where(), length[0], z[0]);
+  for (int64_t r = 0; r < z[0]; ++r) {
+    const int32_t n = length.ptr<int32_t>()[r];
+    require(n >= 0 && n <= z[1], "{}: length {} of row {} is not in [0, {}]", c.where(), n, r,
+            z[1]);
+  }
+  const Tensor p = c.result("out/out", z.shape);
+  kernels.entmax(z, length, alpha, p);
+  if (!c.has("dout")) return;
+  const Tensor dout = c.input("dout", c.real, 2);
+  kernels.entmax_backward(p, dout, alpha, c.result("grad/z", z.shape));
+}
+
+void run_full(Case& c) {
+  const Attention a(c);
+  kernels.attention(a.q, a.k, a.v, {}, a.o, a.lse, a.keys, a.read);
+  if (!a.dout) return;
+  kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, {}, a.dq, a.dk, a.dv, {},
+                             a.scratch);
+}
+
+void run_dash(Case& c) {
+  const Attention a(c);
+  const Tensor summary = c.input("summary_query", c.real, 2);
+  const int64_t B = a.q[0], Hq = a.q[1], N = a.q[2], D = a.q[3], Hkv = a.k[1];
+  require(summary[0] == Hkv && summary[1] == D, "{}: summary_query {} does not fit k {}", c.where(),
+          summary.shape.to_string(), a.k.shape.to_string());
+  const double gamma = c.parameter("gamma", 1.0);
+  const DashRouting routing{.chunk = c.required("chunk"),
+                            .alpha = c.parameter("alpha", 1.5),
+                            .sigma = c.parameter("sigma", 1e6),
+                            .prior_eps = c.parameter("prior_eps", 0),
+                            .center = c.parameter("center", 1) != 0,
+                            .init_blocks = static_cast<int64_t>(c.parameter("init_blocks", 0)),
+                            .local_blocks = static_cast<int64_t>(c.parameter("local_blocks", 1)),
+                            .gamma = &gamma};
+  check_alpha(c, routing.alpha);
+  require(routing.chunk > 0 && routing.init_blocks >= 0 && routing.local_blocks >= 0 &&
+              routing.sigma > 0,
+          "{}: chunk and sigma must be positive, init_blocks and local_blocks not negative",
+          c.where());
+
+  const int64_t M = (N + routing.chunk - 1) / routing.chunk;
+  const Tensor kbar = c.make({B, Hkv, M, D}, DType::f64), tau = c.make({B, Hq, N}, DType::f64);
+  const BlockSet blocks{.block = routing.chunk,
+                        .mask = c.make({B, Hkv, N, (M + 63) / 64}, DType::u64),
+                        .bias = c.make({B, Hkv, N, M})};
+  const Tensor w = c.result("out/w", {B, Hkv, N, M});
+  kernels.dash_summaries(a.k, summary, routing.chunk, kbar);
+  kernels.dash_route(a.q, kbar, routing, tau, blocks, w, a.read);
+  kernels.attention(a.q, a.k, a.v, blocks, a.o, a.lse, a.keys, a.read);
+
+  const Tensor active = c.result("out/active", {B, Hkv, N}, DType::i32);
+  for (int64_t i = 0; i < active.numel(); ++i) {
+    for (int64_t word = 0; word < blocks.mask[3]; ++word) {
+      active.ptr<int32_t>()[i] +=
+          std::popcount(blocks.mask.ptr<uint64_t>()[i * blocks.mask[3] + word]);
+    }
+  }
+  a.density(c);
+  if (!a.dout) return;
+
+  const Tensor dbias = c.make(blocks.bias.shape), dkbar = c.make(kbar.shape, DType::f64);
+  const Tensor scratch =
+      c.make({kernels.dash_route_backward_scratch(a.q.shape, kbar.shape)}, DType::f64);
+  kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, blocks, a.dq, a.dk, a.dv, dbias,
+                             a.scratch);
+  kernels.dash_route_backward(a.q, kbar, routing, tau, dbias, a.dq, dkbar, scratch);
+  kernels.dash_summaries_backward(a.k, summary, routing.chunk, dkbar, a.dk,
+                                  c.result("grad/summary_query", summary.shape));
+}
+
+void run_infllmv2(Case& c) {
+  const Attention a(c);
+  auto whole = [&](const char* name, int64_t otherwise) {
+    return static_cast<int64_t>(c.parameter(name, static_cast<double>(otherwise)));
+  };
+  const BlockSelection paper;
+  const BlockSelection selection{.block = whole("block", paper.block),
+                                 .topk = whole("topk", paper.topk),
+                                 .init_blocks = whole("init_blocks", paper.init_blocks),
+                                 .local_blocks = whole("local_blocks", paper.local_blocks),
+                                 .length = whole("l", paper.length),
+                                 .stride = whole("d", paper.stride)};
+  require(selection.block > 0 && selection.topk > 0 && selection.length > 0 &&
+              selection.stride > 0 && selection.init_blocks >= 0 && selection.local_blocks >= 0,
+          "{}: block, topk, l and d must be positive, init_blocks and local_blocks not negative",
+          c.where());
+
+  const int64_t B = a.q[0], N = a.q[2], D = a.q[3], Hkv = a.k[1];
+  const int64_t M = (N + selection.block - 1) / selection.block;
+  const Tensor pooled = c.make({B, Hkv, selection.windows(N), D}, DType::f64);
+  const BlockSet blocks{
+      .block = selection.block, .mask = c.make({B, Hkv, N, (M + 63) / 64}, DType::u64), .bias = {}};
+  kernels.pool_windows(a.k, selection, pooled);
+  kernels.select_blocks(a.q, pooled, selection, blocks.mask, a.read);
+  kernels.attention(a.q, a.k, a.v, blocks, a.o, a.lse, a.keys, a.read);
+
+  const Tensor selected = c.result("out/selected", {B, Hkv, N, M}, DType::u8);
+  for (int64_t i = 0; i < B * Hkv * N; ++i) {
+    const uint64_t* words = blocks.mask.ptr<uint64_t>() + i * blocks.mask[3];
+    for (int64_t j = 0; j < M; ++j) {
+      selected.ptr<uint8_t>()[i * M + j] = words[j / 64] >> (j % 64) & 1;
+    }
+  }
+  a.density(c);
+  if (!a.dout) return;
+  kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, blocks, a.dq, a.dk, a.dv, {},
+                             a.scratch);
+}
+
+}  // namespace entrain::cli

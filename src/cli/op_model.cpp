@@ -1,0 +1,99 @@
+// entrain op model: logits, loss and the gradient of every parameter.
+#include "cli/op.h"
+#include "kernels/kernels.h"
+#include "model/decoder.h"
+
+namespace entrain::cli {
+namespace {
+
+const Kernels<Device::cpu> kernels;
+
+}  // namespace
+
+/// A small decoder whose parameters are inputs under their Hugging Face names.
+void run_model(Case& c) {
+  auto whole = [&](const char* name) { return static_cast<int>(c.required(name)); };
+  auto whole_or = [&](const char* name, int otherwise) {
+    return static_cast<int>(c.parameter(name, otherwise));
+  };
+  const std::string method = c.text("method");
+  const bool infllmv2 = method == "infllmv2";
+  const int l = whole_or("l", 32);
+  const AttentionConfig attention{.method = method,
+                                  .chunk = whole_or("chunk", 64),
+                                  .alpha = c.parameter("alpha", 1.5),
+                                  .gamma = c.parameter("gamma", 1),
+                                  .sigma = c.parameter("sigma", 1e6),
+                                  .prior_eps = c.parameter("prior_eps", 0),
+                                  .center = c.parameter("center", 1) != 0,
+                                  .init_blocks = whole_or("init_blocks", infllmv2 ? 1 : 0),
+                                  .local_blocks = whole_or("local_blocks", infllmv2 ? 2 : 1),
+                                  .block = whole_or("block", 64),
+                                  .topk = whole_or("topk", 16),
+                                  .l = l,
+                                  // The attribute d is the model's width; windows overlap by half.
+                                  .d = whole_or("stride", (l + 1) / 2)};
+  require(attention.chunk > 0 && attention.block > 0 && attention.topk > 0 && attention.l > 0 &&
+              attention.d > 0 && attention.init_blocks >= 0 && attention.local_blocks >= 0,
+          "{}: chunk, block, topk, l and stride must be positive, init_blocks and local_blocks not "
+          "negative",
+          c.where());
+  const ModelConfig model{.n_layer = whole("L"),
+                          .d_model = whole("d"),
+                          .n_head = whole("Hq"),
+                          .n_kv_head = whole("Hkv"),
+                          .head_dim = whole("D"),
+                          .d_ff = whole("ff"),
+                          .vocab = whole("V"),
+                          .rope_theta = c.parameter("theta", 10000),
+                          .norm_eps = c.parameter("eps", 1e-5),
+                          .tie_embeddings = !c.has("lm_head.weight")};
+  const Tensor tokens = c.input("tokens", DType::i32, 2),
+               targets = c.input("targets", DType::i32, 2);
+  require(tokens.shape == targets.shape, "{}: tokens {} and targets {} differ in shape", c.where(),
+          tokens.shape.to_string(), targets.shape.to_string());
+  for (int64_t i = 0; i < tokens.numel(); ++i) {
+    for (const Tensor& t : {tokens, targets}) {
+      require(t.ptr<int32_t>()[i] >= 0 && t.ptr<int32_t>()[i] < model.vocab,
+              "{}: token id {} is beyond the vocabulary of {}", c.where(), t.ptr<int32_t>()[i],
+              model.vocab);
+    }
+  }
+  Decoder decoder(model, attention, tokens[1], 0, true, Device::cpu, c.real);
+  for (const Param& p : decoder.params().all()) {
+    const Tensor value = c.input(p.name, c.real, p.value.shape.rank);
+    require(value.shape == p.value.shape, "{}: in/{} is {}, not {}", c.where(), p.name,
+            value.shape.to_string(), p.value.shape.to_string());
+    kernels.copy(value, p.value);
+  }
+
+  const int64_t T = tokens.numel();
+  Tensor loss, logits;
+  auto run = [&](Tape::Options options, auto build) {
+    TapeMemory memory(Device::cpu);
+    for (const bool committed : {false, true}) {
+      if (committed) memory.commit();
+      Tape tape(memory, options);
+      build(tape);
+      if (!committed) continue;
+      tape.forward();
+      if (options.training) tape.backward();
+      if (logits) kernels.copy(logits, c.result("out/logits", {tokens[0], tokens[1], model.vocab}));
+      if (!loss) continue;
+      double sum = 0;
+      for (int64_t i = 0; i < T; ++i) {
+        sum += c.real == DType::f64 ? loss.ptr<double>()[i] : loss.ptr<float>()[i];
+      }
+      c.result("out/loss", {1}, DType::f64).ptr<double>()[0] = sum / static_cast<double>(T);
+    }
+  };
+  run({.dtype = c.real}, [&](Tape& tape) { logits = decoder.logits(tape, tokens); });
+  logits = {};
+  run({.dtype = c.real, .training = true},
+      [&](Tape& tape) { loss = decoder.loss(tape, tokens, targets, 1 / static_cast<double>(T)); });
+  for (const Param& p : decoder.params().all()) {
+    kernels.copy(p.grad, c.result("grad/" + p.name, p.value.shape));
+  }
+}
+
+}  // namespace entrain::cli
