@@ -60,6 +60,10 @@ class RoutedTile {
     tile::transpose(width, s.D, kbar, s.D, keys_t.data(), width);
     tile::gemm(rows, width, s.D, queries.data(), s.D, int64_t{1}, keys_t.data(), width, z.data(),
                width);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Candidates range(routing, (first + i / s.g) / routing.chunk);
+      if (range.count() > 0) entmax_shift(z.data() + i * width + range.begin, range.count());
+    }
   }
 
   /// The routing weights w of one query from its heads' scores and thresholds.
@@ -85,7 +89,7 @@ class RoutedTile {
   int64_t width = 0;             // candidates of the tile's last query
   std::vector<double> queries;   // [rows, D], times gamma / sqrt(D)
   std::vector<double> keys_t;    // [D, width]
-  std::vector<double> z;         // [rows, width]
+  std::vector<double> z;         // [rows, width] candidates' scores less their largest
   std::vector<double> p;         // [g, width] entmax of one query
   std::vector<double> w;         // [width]
   std::vector<double> kept;      // [width] scratch of a row
