@@ -42,8 +42,10 @@ TEST(HeadLoss, Gradients) {
     constexpr double scale = 0.3;
     double loss = 0;
     Tensor losses;
+    const int64_t size = count;
     Graph graph(training_f64, [&](Tape& tape) {
-      losses = ops::head_loss(tape, head.x, head.w, head.targets, scale);
+      losses = tape.keep({size});
+      ops::head_loss(tape, head.x, head.w, head.targets, scale, losses);
       tape.record("sum", {}, {}, [=, &loss] {
         loss = 0;
         for (int64_t i = 0; i < losses.numel(); ++i) loss += scale * get(losses, i);
@@ -102,7 +104,8 @@ TEST(HeadLoss, SurvivesHugeLogitsAndNeedsNoGradients) {
     put(head.x.value, i, 1e4 * get(head.x.value, i));
   Tensor loss;
   Graph graph({}, [&](Tape& tape) {
-    loss = ops::head_loss(tape, {head.x.value, {}}, {head.w.value, {}}, head.targets, 1);
+    loss = tape.keep({5});
+    ops::head_loss(tape, {head.x.value, {}}, {head.w.value, {}}, head.targets, 1, loss);
   });
   graph->forward();
   EXPECT_LT(relative_error(loss, cross_entropy(head.x.value, head.w.value, head.targets)), 1e-5);
