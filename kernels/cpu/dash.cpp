@@ -48,6 +48,10 @@ class RoutedTile : public ScoreTile {
     const Candidates last(routing, (first + count - 1) / routing.chunk);
     ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0,
                     *routing.gamma / std::sqrt(static_cast<double>(s.D)), s, b, r, first, count);
+    for (int64_t i = 0; i < count * s.g; ++i) {
+      const Candidates range(routing, (first + i / s.g) / routing.chunk);
+      if (range.count() > 0) entmax_shift(z.data() + i * width + range.begin, range.count());
+    }
   }
 
   /// The routing weights w of one query from its heads' scores and thresholds.

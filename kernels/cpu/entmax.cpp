@@ -18,7 +18,8 @@ void Kernels<Device::cpu>::entmax(Tensor z, Tensor length, double alpha, Tensor 
       std::fill_n(out, n, T{0});
       if (valid == 0) continue;
       const T* in = z.ptr<T>() + row * n;
-      const std::vector<double> score(in, in + valid);
+      std::vector<double> score(in, in + valid);
+      entmax_shift(score.data(), valid);
       std::vector<double> prob(score.size());
       const double tau = entmax_threshold(score.data(), valid, alpha, prob.data());
       entmax_probabilities(score.data(), valid, tau, alpha, prob.data());

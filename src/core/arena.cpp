@@ -47,7 +47,7 @@ Tensor Arena::alloc(Shape shape, DType dtype) {
   const size_t bytes = round_up(static_cast<size_t>(shape.numel()) * size_of(dtype));
   const size_t offset = top_;
   top_ += bytes;
-  if (!buffer_.data()) {
+  if (!committed_) {
     peak_ = std::max(peak_, top_);
     return Tensor::of(reinterpret_cast<void*>(counting_base + offset), shape, dtype, device_);
   }
@@ -57,6 +57,7 @@ Tensor Arena::alloc(Shape shape, DType dtype) {
 
 void Arena::commit() {
   buffer_ = Buffer(peak_, device_);
+  committed_ = true;
   top_ = 0;
 }
 

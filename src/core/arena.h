@@ -45,6 +45,7 @@ class Arena {
  private:
   Device device_;
   Buffer buffer_;
+  bool committed_ = false;
   size_t top_ = 0;
   size_t peak_ = 0;
 };

@@ -46,7 +46,7 @@ class Tape {
   Var var(Shape shape);
   /// An activation with several consumers: its gradient starts at 0 and they add to it.
   Var shared_var(Shape shape);
-  /// Kept from forward to backward.
+  /// Kept from forward to backward, and after it where no block that is recomputed came before.
   Tensor keep(Shape shape) { return keep(shape, dtype()); }
   Tensor keep(Shape shape, DType dtype) { return memory_.values.alloc(shape, dtype); }
   /// Valid within one closure; all ops share it. Each call of one op must follow the others of that

@@ -85,7 +85,7 @@ Tensor Tensor::view(Shape other) const {
 
 Tensor Tensor::slice(int dim, int64_t begin, int64_t length) const {
   const auto d = static_cast<size_t>(dim);
-  require(dim < shape.rank && begin >= 0 && length >= 0 && begin + length <= shape[dim],
+  require(dim >= 0 && dim < shape.rank && begin >= 0 && length >= 0 && begin + length <= shape[dim],
           "slice [{}, {}) leaves dimension {} of {}", begin, begin + length, dim,
           shape.to_string());
   Tensor t = *this;
@@ -96,7 +96,8 @@ Tensor Tensor::slice(int dim, int64_t begin, int64_t length) const {
 }
 
 Tensor Tensor::split(int dim, int64_t inner) const {
-  require(shape.rank < Shape::max_rank && shape[dim] % inner == 0,
+  require(dim >= 0 && dim < shape.rank && shape.rank < Shape::max_rank && inner > 0 &&
+              shape[dim] % inner == 0,
           "cannot split dimension {} of {} by {}", dim, shape.to_string(), inner);
   const auto d = static_cast<size_t>(dim);
   Tensor t = *this;
@@ -111,6 +112,8 @@ Tensor Tensor::split(int dim, int64_t inner) const {
 }
 
 Tensor Tensor::transpose(int a, int b) const {
+  require(std::min(a, b) >= 0 && std::max(a, b) < shape.rank,
+          "cannot transpose dimensions {} and {} of {}", a, b, shape.to_string());
   Tensor t = *this;
   std::swap(t.shape.extent[static_cast<size_t>(a)], t.shape.extent[static_cast<size_t>(b)]);
   std::swap(t.stride[static_cast<size_t>(a)], t.stride[static_cast<size_t>(b)]);

@@ -132,8 +132,11 @@ Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final) {
 
 Tensor Decoder::loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
                      const GradsFinal& grads_final) {
+  // Kept below the blocks: what comes after them is overwritten when backward recomputes them.
+  const Tensor loss = tape.keep({targets.numel()});
   const Var x = hidden(tape, tokens, grads_final);
-  return ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale);
+  ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale, loss);
+  return loss;
 }
 
 Tensor Decoder::logits(Tape& tape, Tensor tokens) {

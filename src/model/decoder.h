@@ -28,7 +28,7 @@ class Decoder {
   /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
   Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
   /// hidden() and the cross-entropy of each target, [B N]; when training, the gradient of
-  /// scale * sum(loss) flows.
+  /// scale * sum(loss) flows. The loss can be read after forward and after backward.
   Tensor loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
               const GradsFinal& grads_final = {});
   /// hidden() and the logits, [B N, vocab].

@@ -5,15 +5,13 @@
 
 namespace entrain::ops {
 
-Tensor head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale) {
+void head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale, Tensor loss) {
   const int64_t T = x.value[0], V = w.value[0];
   const int64_t strip = std::min(T, std::max<int64_t>(64, (1 << 20) / V));  // 4 MB of logits
-  const Tensor loss = tape.keep({T});
   const Tensor logits = tape.scratch({strip, V});
   const Kernels<Device::cpu> k;
   tape.record("head_loss", loss, x.grad,
               [=] { k.head_loss(x.value, w.value, targets, scale, loss, x.grad, w.grad, logits); });
-  return loss;
 }
 
 }  // namespace entrain::ops

@@ -29,9 +29,9 @@ Var swiglu(Tape& tape, Var gate_up);
 /// the norm before each branch adds to.
 Var residual(Tape& tape, Var x, Var branch);
 
-/// The head's cross-entropy: loss [T] in nats of targets i32 [T] under softmax(x w^T). When
-/// training, the gradients of scale * sum(loss) are computed along the way, while the logits are
-/// there.
-Tensor head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale);
+/// The head's cross-entropy: writes loss [T], in nats, of targets i32 [T] under softmax(x w^T).
+/// When training, the gradients of scale * sum(loss) are computed along the way, while the logits
+/// are there.
+void head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale, Tensor loss);
 
 }  // namespace entrain::ops

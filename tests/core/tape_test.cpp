@@ -1,0 +1,157 @@
+#include "core/tape.h"
+
+#include <gtest/gtest.h>
+
+#include "ops/ops.h"
+#include "tests/expect_error.h"
+#include "tests/tiny_decoder.h"
+
+namespace entrain {
+namespace {
+
+Tape::Options recomputing(Tape::Options options) {
+  options.recompute = true;
+  return options;
+}
+
+TEST(Tape, RecomputationGivesTheSameBitsInLessMemory) {
+  for (const char* method : {"full", "dash"}) {
+    for (const DType real : {DType::f32, DType::f64}) {
+      const Tape::Options options{.dtype = real, .training = true};
+      TinyDecoder tiny(method, real);
+      Graph kept(options, tiny.training());
+      const std::vector<double> gradient = tiny.gradient(kept), losses = values(tiny.loss);
+      Graph recomputed(recomputing(options), tiny.training());
+      for (int pass = 0; pass < 2; ++pass) {
+        EXPECT_EQ(tiny.gradient(recomputed), gradient) << method;
+        EXPECT_EQ(values(tiny.loss), losses) << method;
+      }
+      EXPECT_LT(recomputed.memory().values.peak(), 0.7 * kept.memory().values.peak());
+    }
+  }
+}
+
+TEST(Tape, InferenceKeepsOneBlockAndGivesTheSameBits) {
+  TinyDecoder tiny("dash");
+  Graph training(training_f64, tiny.training());
+  training->forward();
+  const std::vector<double> losses = values(tiny.loss);
+  Graph inference({.dtype = DType::f64}, tiny.training());
+  inference->forward();
+  EXPECT_EQ(values(tiny.loss), losses);
+  EXPECT_EQ(inference.memory().grads.peak(), 0);
+  EXPECT_LT(inference.memory().values.peak(), training.memory().values.peak());
+}
+
+TEST(Tape, ThePredictedMemoryIsWhatIsUsed) {
+  for (const bool recompute : {false, true}) {
+    TinyDecoder tiny("dash");
+    Tape::Options options = training_f64;
+    options.recompute = recompute;
+    TapeMemory memory(Device::cpu);
+    Tape counting(memory, options);
+    tiny.training()(counting);
+    const size_t predicted = memory.peak();
+    memory.commit();
+    for (int build = 0; build < 2; ++build) {  // rewound, the next tape fits the same memory
+      Tape tape(memory, options);
+      tiny.training()(tape);
+      tape.forward();
+      tape.backward();
+      EXPECT_EQ(memory.peak(), predicted);
+      memory.rewind();
+    }
+  }
+}
+
+TEST(Tape, GradientsOfBlocksShareMemory) {
+  TinyDecoder tiny("full");
+  const auto peak = [&](int blocks) {
+    TapeMemory memory(Device::cpu);
+    Tape tape(memory, training_f64);
+    Var x = tape.shared_var({4, 8});
+    for (int i = 0; i < blocks; ++i) {
+      x = tape.block("b", x, [&](Var in) { return ops::residual(tape, in, tape.var({4, 8})); });
+    }
+    return memory.grads.peak();
+  };
+  EXPECT_EQ(peak(5), peak(1));
+}
+
+TEST(Tape, ABlockEndsInTheResidualStream) {
+  TapeMemory memory(Device::cpu);
+  Tape tape(memory, training_f64);
+  const Var x = tape.shared_var({4});
+  EXPECT_ERROR(tape.block("layers.3", x, [&](Var) { return tape.var({4}); }),
+               "block layers.3 does not end in the residual stream");
+}
+
+TEST(Tape, CallsBackWhenBackwardHasPassed) {
+  TapeMemory memory(Device::cpu);
+  Tape tape(memory, training_f64);
+  std::string order;
+  const auto op = [&](const char* name) {
+    tape.record(
+        name, {}, {}, [&order, name] { order += name; }, [&order, name] { order += name; });
+  };
+  op("a");
+  tape.after_backward([&] { order += "!"; });
+  op("b");
+  op("c");
+  tape.forward();
+  EXPECT_EQ(order, "abc");
+  order.clear();
+  tape.backward();
+  EXPECT_EQ(order, "cb!a");
+}
+
+struct Spoiled {
+  const char* parameter;
+  const char* op;
+};
+
+TEST(Tape, NamesTheOpThatAWeightSpoils) {
+  const Spoiled cases[] = {
+      {"model.embed_tokens.weight", "embedding (forward)"},
+      {"model.layers.0.input_layernorm.weight", "layers.0.rmsnorm (forward)"},
+      {"model.layers.1.self_attn.k_proj.weight", "layers.1.linear (forward)"},
+      {"model.layers.1.mlp.down_proj.weight", "layers.1.linear (forward)"},
+      {"model.norm.weight", "rmsnorm (forward)"},
+      {"lm_head.weight", "head_loss (forward)"},
+  };
+  for (const double poison : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
+    for (const bool recompute : {false, true}) {
+      for (const Spoiled& c : cases) {
+        TinyDecoder tiny("dash", DType::f32);
+        Graph graph({.training = true, .recompute = recompute}, tiny.training());
+        EXPECT_EQ(graph->first_non_finite(), "");
+        fill(tiny.decoder.params().get(c.parameter).value, poison);
+        EXPECT_EQ(graph->first_non_finite(), c.op) << c.parameter << " " << poison;
+      }
+    }
+  }
+}
+
+TEST(Tape, NamesTheOpWhoseSummaryIsSpoiled) {
+  TinyDecoder tiny("dash", DType::f32);
+  Graph graph({.training = true}, tiny.training());
+  put(tiny.decoder.params().get("model.layers.1.self_attn.indexer_q").value, 0, NAN);
+  EXPECT_NE(graph->first_non_finite(), "");
+}
+
+// Finite going up, beyond float going down: 1e-30 times 1e30 is 1, its gradient is 1e30.
+TEST(Tape, NamesTheOpWhoseGradientOverflows) {
+  Pool pool(DType::f32);
+  const Var x = pool.leaf({1, 1}), down = pool.leaf({1, 1}), up = pool.leaf({1, 1});
+  put(x.value, 0, 1e-30);
+  put(down.value, 0, 1e30);
+  put(up.value, 0, 1e30);
+  double loss = 0;
+  Graph graph({.training = true}, [&](Tape& tape) {
+    probe(tape, pool, ops::linear(tape, ops::linear(tape, x, down), up), loss);
+  });
+  EXPECT_EQ(graph->first_non_finite(), "linear (backward)");
+}
+
+}  // namespace
+}  // namespace entrain

@@ -1,0 +1,63 @@
+// The step allocates nothing after the first. Counting is global: operator new is replaced for the
+// whole test program.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "optim/adamw.h"
+#include "tests/tiny_decoder.h"
+
+namespace {
+
+std::atomic<int64_t> allocations = 0;
+
+}  // namespace
+
+void* operator new(size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes > 0 ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+
+void operator delete(void* p) noexcept {
+  std::free(p);
+}
+
+void operator delete(void* p, size_t) noexcept {
+  std::free(p);
+}
+
+namespace entrain {
+namespace {
+
+TEST(Step, AllocatesNothingAfterTheFirst) {
+  const Threads one(1);  // each thread's scratch grows when it first meets the largest tile
+  for (const char* method : {"full", "dash"}) {
+    for (const bool recompute : {false, true}) {
+      TinyDecoder tiny(method, DType::f32, 2, 40);
+      Graph graph({.training = true, .recompute = recompute}, tiny.training());
+      const OptimConfig config;
+      const auto step = [&](int number) {
+        const int64_t before = allocations;
+        graph->forward();
+        graph->backward();
+        Params& params = tiny.decoder.params();
+        adamw_step(params, config, number, 1e-3, grad_norm(params));
+        return allocations - before;
+      };
+      step(1);
+      for (const int number : {2, 3}) EXPECT_EQ(step(number), 0) << method << number;
+    }
+  }
+}
+
+TEST(Step, TheCounterCounts) {
+  const int64_t before = allocations;
+  delete new std::atomic<int>(1);
+  EXPECT_EQ(allocations - before, 1);
+}
+
+}  // namespace
+}  // namespace entrain

@@ -1,0 +1,83 @@
+#include "optim/adamw.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/support.h"
+
+namespace entrain {
+namespace {
+
+// One weight, as the paper writes it.
+struct Scalar {
+  double w, m = 0, v = 0;
+
+  void step(double g, const OptimConfig& c, int t, double lr, double decay) {
+    m = c.beta1 * m + (1 - c.beta1) * g;
+    v = c.beta2 * v + (1 - c.beta2) * g * g;
+    const double mhat = m / (1 - std::pow(c.beta1, t)), vhat = v / (1 - std::pow(c.beta2, t));
+    w -= lr * (mhat / (std::sqrt(vhat) + c.eps) + decay * w);
+  }
+};
+
+TEST(AdamW, FollowsTheScalarFormulaOverSteps) {
+  for (const DType real : {DType::f32, DType::f64}) {
+    for (const double clip : {0.0, 0.5, 1e9}) {
+      OptimConfig c;
+      c.clip = clip;
+      Params params({{"matrix", {5, 7}, 0.5}, {"norm", {9}, 0.5, 1, false}}, 3, true, Device::cpu,
+                    real);
+      std::vector<Scalar> expected;
+      for (const double w : values(params.values())) expected.push_back({w});
+      Rng rng(7, 0);
+      for (int step = 1; step <= 6; ++step) {
+        double squares = 0;
+        std::vector<double> g;
+        for (int64_t i = 0; i < params.numel(); ++i) {
+          g.push_back(rng.normal() * (step == 3 ? 0.01 : 1));
+          put(params.grads(), i, g.back());
+          squares += g.back() * g.back();
+        }
+        const double norm = grad_norm(params), lr = 0.01 * step;
+        EXPECT_NEAR(norm, std::sqrt(squares), 1e-6 * norm);
+        const double scale = clip > 0 && norm > clip ? clip / norm : 1;
+        for (size_t i = 0; i < g.size(); ++i) {
+          expected[i].step(scale * g[i], c, step, lr, i < 35 ? c.weight_decay : 0);
+        }
+        adamw_step(params, c, step, lr, norm);
+        for (const double x : values(params.grads())) ASSERT_EQ(x, 0) << "gradients are cleared";
+      }
+      std::vector<double> w, m, v;
+      for (const Scalar& s : expected) w.push_back(s.w), m.push_back(s.m), v.push_back(s.v);
+      const double tolerance = real == DType::f64 ? 1e-13 : 1e-6;
+      EXPECT_LT(relative_error(params.values(), w), tolerance) << clip;
+      EXPECT_LT(relative_error(params.m(), m), tolerance) << clip;
+      EXPECT_LT(relative_error(params.v(), v), tolerance) << clip;
+    }
+  }
+}
+
+TEST(AdamW, DecayShrinksOnlyWhatIsFlagged) {
+  Params params({{"matrix", {4, 4}, 0.5}, {"norm", {4}, 0, 1, false}}, 3, true, Device::cpu);
+  const std::vector<double> before = values(params.get("matrix").value);
+  OptimConfig c;
+  adamw_step(params, c, 1, 0.1, grad_norm(params));  // no gradient: only decay moves
+  std::vector<double> shrunk;
+  for (const double w : before) shrunk.push_back(w * (1 - 0.1 * c.weight_decay));
+  EXPECT_LT(relative_error(params.get("matrix").value, shrunk), 1e-6);
+  EXPECT_EQ(values(params.get("norm").value), std::vector<double>(4, 1.0));
+}
+
+TEST(GradNorm, BitsDoNotDependOnTheThreads) {
+  Params params({{"matrix", {300, 301}, 1}}, 1, true, Device::cpu);
+  std::memcpy(params.grads().data, params.values().data, params.values().bytes());
+  double norms[2];
+  for (const int threads : {1, 2}) {
+    const Threads scope(threads);
+    norms[threads - 1] = grad_norm(params);
+  }
+  EXPECT_EQ(norms[0], norms[1]);
+  EXPECT_NEAR(norms[0], std::sqrt(300 * 301), 2);
+}
+
+}  // namespace
+}  // namespace entrain
