@@ -70,7 +70,7 @@ void run(const Options& options) {
   together(*comm, [&] {
     path = find_checkpoint(options.run);
     info = read_info(path);
-    config = parse_config(info.config_yaml, path, options.overrides);
+    config = read_config(info.config_yaml, path, options.overrides);
     store = std::make_unique<TokenStore>(config.data.path);
     config.model.vocab = store->vocab();
     decoder = std::make_unique<Decoder>(config.model, config.attention, config.data.seq_len, 0,

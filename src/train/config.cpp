@@ -148,7 +148,7 @@ void require_all(RunConfig& config, const Origins& origins, const std::string& f
 
 RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides) {
   try {
-    return parse_config(read_file(path), path, overrides);
+    return read_config(read_file(path), path, overrides);
   } catch (const ConfigError&) {
     throw;
   } catch (const Error& error) {
@@ -156,8 +156,14 @@ RunConfig load_config(const std::string& path, const std::vector<std::string>& o
   }
 }
 
-RunConfig parse_config(const std::string& yaml, const std::string& origin,
-                       const std::vector<std::string>& overrides) {
+RunConfig parse_config(const std::string& yaml, const std::string& origin) {
+  RunConfig config;
+  require_all(config, Reader(config, origin).read(yaml), origin);
+  return config;
+}
+
+RunConfig read_config(const std::string& yaml, const std::string& origin,
+                      const std::vector<std::string>& overrides) {
   RunConfig config;
   Origins origins = Reader(config, origin).read(yaml);
   apply_overrides(config, overrides, origins);

@@ -68,16 +68,18 @@ struct ConfigError : Error {
 /// Reads YAML, applies overrides "section.key=value" (the last of several wins) and checks the
 /// result. Errors name file (or `origin`), line and the nearest valid key for an unknown key, a
 /// wrong type, a missing or impossible value.
-RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides = {});
-RunConfig parse_config(const std::string& yaml, const std::string& origin,
-                       const std::vector<std::string>& overrides = {});
+RunConfig load_config(const std::string& path, const std::vector<std::string>& overrides);
+RunConfig read_config(const std::string& yaml, const std::string& origin,
+                      const std::vector<std::string>& overrides);
 
 /// Checks ranges and combinations: divisibility, known names, the floor of target_density.
 void check(const RunConfig& config);
 
-/// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints,
-/// and what parse_config() reads back bit for bit. model.vocab is no key: the token store has it.
+/// The configuration as YAML, every key written out: what goes to config.yaml and into checkpoints.
+/// model.vocab is no key: the token store has it.
 std::string to_yaml(const RunConfig& config);
+/// The inverse, bit for bit, without check().
+RunConfig parse_config(const std::string& yaml, const std::string& origin);
 /// The table of keys, one a line: name, default, meaning. For --help and the documentation.
 std::string describe_keys();
 

@@ -108,7 +108,7 @@ TEST(Console, ATerminalGetsOneLineThatIsOverwritten) {
   std::string text;
   char letter;
   while (::read(main_end, &letter, 1) == 1) text += letter;
-  EXPECT_EQ(text.find("FLOP"), text.npos) << text;  // would not fit into 60 columns
+  EXPECT_EQ(text.find("FLOP"), text.npos) << text;       // would not fit into 60 columns
   EXPECT_EQ(std::ranges::count(text, '\n'), 2) << text;  // after "saved" and at the end
   EXPECT_NE(text.find("\r\x1b[Kstep    2/1000"), text.npos) << text;
   EXPECT_NE(text.find("\r\x1b[Ksaved\r\n"), text.npos) << text;
