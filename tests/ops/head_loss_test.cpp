@@ -85,8 +85,10 @@ TEST(HeadLoss, TheOpHoldsOneStripOfALargeVocabulary) {
   Pool pool;
   const Head head(pool, count, d, V);
   Tensor loss;
-  Graph graph(training_f64,
-              [&](Tape& tape) { loss = ops::head_loss(tape, head.x, head.w, head.targets, 0.5); });
+  Graph graph(training_f64, [&](Tape& tape) {
+    loss = tape.keep({count});
+    ops::head_loss(tape, head.x, head.w, head.targets, 0.5, loss);
+  });
   EXPECT_LT(graph.memory().scratch.peak(), count * V * sizeof(double));
   graph->forward();
   const Tensor whole = pool.make({count}), dx = pool.make({count, d}), dw = pool.make({V, d});
