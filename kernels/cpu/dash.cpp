@@ -50,7 +50,7 @@ class RoutedTile : public ScoreTile {
                     *routing.gamma / std::sqrt(static_cast<double>(s.D)), s, b, r, first, count);
     for (int64_t i = 0; i < count * s.g; ++i) {
       const Candidates range(routing, (first + i / s.g) / routing.chunk);
-      if (range.count() > 0) entmax_shift(z.data() + i * width + range.begin, range.count());
+      if (range.count() > 0) entmax_shift(z.data() + i * step + range.begin, range.count());
     }
   }
 
