@@ -27,16 +27,22 @@ void run(const Options& options) {
           "--in and --out are the same file {}", options.in);
   const h5::File in = h5::File::open(options.in);
   const std::string partial = options.out + ".partial";
-  h5::File out = h5::File::create(partial);
   const std::vector<std::string> groups = in.groups();
   require(!groups.empty(), "{} has no groups; each is a case with in/* tensors", options.in);
-  for (const std::string& group : groups) {
-    Case c(in, group, options.dtype == "f64" ? DType::f64 : DType::f32);
-    operations.at(options.operation)(c);
-    c.write(out);
+  h5::File out = h5::File::create(partial);
+  try {
+    for (const std::string& group : groups) {
+      Case c(in, group, options.dtype == "f64" ? DType::f64 : DType::f32);
+      operations.at(options.operation)(c);
+      c.write(out);
+    }
+    out.close();
+    std::filesystem::rename(partial, options.out);
+  } catch (...) {
+    std::error_code ignored;
+    std::filesystem::remove(partial, ignored);
+    throw;
   }
-  out.close();
-  std::filesystem::rename(partial, options.out);
 }
 
 }  // namespace

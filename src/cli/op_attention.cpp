@@ -63,6 +63,8 @@ void run_entmax(Case& c) {
   kernels.entmax(z, length, alpha, p);
   if (!c.has("dout")) return;
   const Tensor dout = c.input("dout", c.real, 2);
+  require(dout.shape == z.shape, "{}: dout {} is not of the shape of z {}", c.where(),
+          dout.shape.to_string(), z.shape.to_string());
   kernels.entmax_backward(p, dout, alpha, c.result("grad/z", z.shape));
 }
 
@@ -91,8 +93,9 @@ void run_dash(Case& c) {
                             .gamma = &gamma};
   check_alpha(c, routing.alpha);
   require(routing.chunk > 0 && routing.init_blocks >= 0 && routing.local_blocks >= 0 &&
-              routing.sigma > 0,
-          "{}: chunk and sigma must be positive, init_blocks and local_blocks not negative",
+              routing.sigma > 0 && routing.prior_eps >= 0,
+          "{}: chunk and sigma must be positive, init_blocks, local_blocks and prior_eps not "
+          "negative",
           c.where());
 
   const int64_t M = (N + routing.chunk - 1) / routing.chunk;

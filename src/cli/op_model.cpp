@@ -1,4 +1,6 @@
 // entrain op model: logits, loss and the gradient of every parameter.
+#include <algorithm>
+
 #include "cli/op.h"
 #include "kernels/kernels.h"
 #include "model/decoder.h"
@@ -48,6 +50,12 @@ void run_model(Case& c) {
                           .rope_theta = c.parameter("theta", 10000),
                           .norm_eps = c.parameter("eps", 1e-5),
                           .tie_embeddings = !c.has("lm_head.weight")};
+  const int sizes[] = {model.n_layer,  model.d_model, model.n_head, model.n_kv_head,
+                       model.head_dim, model.d_ff,    model.vocab};
+  require(*std::ranges::min_element(sizes) > 0 && model.n_head % model.n_kv_head == 0 &&
+              model.head_dim % 2 == 0,
+          "{}: L, d, Hq, Hkv, D, ff and V must be positive, Hq a multiple of Hkv and D even",
+          c.where());
   const Tensor tokens = c.input("tokens", DType::i32, 2),
                targets = c.input("targets", DType::i32, 2);
   require(tokens.shape == targets.shape, "{}: tokens {} and targets {} differ in shape", c.where(),

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <filesystem>
 
-#include "attention/attention.h"
 #include "core/h5.h"
 #include "tests/program.h"
 #include "tests/support.h"
@@ -19,9 +18,11 @@ double error_of(const std::string& name, h5::Array actual, h5::Array expected) {
   if (actual.shape != expected.shape) return INFINITY;
   const Tensor a = actual.tensor(), e = expected.tensor();
   if (e.dtype == DType::f32 || e.dtype == DType::f64) return relative_error(a, values(e));
-  EXPECT_EQ(e.dtype, DType::i32) << name;
+  EXPECT_EQ(a.dtype, e.dtype) << name;
   int64_t differ = 0;
-  for (int64_t i = 0; i < e.numel(); ++i) differ += a.ptr<int32_t>()[i] != e.ptr<int32_t>()[i];
+  for (size_t i = 0; i < e.bytes(); i += size_of(e.dtype)) {
+    differ += std::memcmp(&actual.bytes[i], &expected.bytes[i], size_of(e.dtype)) != 0;
+  }
   return static_cast<double>(differ) / static_cast<double>(e.numel());
 }
 
@@ -32,13 +33,14 @@ struct Vectors {
 };
 
 // The prior's gradient passes through 1 / w, w the routing weight. Where w is nearly 0, rounding q
-// and k to float32 moves w by a large part of itself, whatever the accumulation: with sigma = 1
-// the small decoder's gradients lose a digit. The weak prior of training (sigma = 1e6) loses none.
-const Vectors vectors[] = {{"entmax", "entmax", 1e-6, 1e-5},
-                           {"full", "full", 1e-6, 1e-5},
-                           {"dash", "dash", 1e-6, 1e-5},
-                           {"model", "model", 1e-6, 1e-5},
-                           {"model", "model_dash", 1e-6, 1.5e-4}};
+// and k to float32 moves w by a large part of itself, whatever the accumulation, so what depends on
+// it is met less closely by the small decoder in float32: 8e-5 where the prior is strong (sigma 1),
+// 2.3e-5 where it is weak, and there in the summaries alone, which learn from nothing else.
+const Vectors vectors[] = {
+    {"entmax", "entmax", 1e-6, 1e-5},       {"full", "full", 1e-6, 1e-5},
+    {"dash", "dash", 1e-6, 1e-5},           {"model", "model_full", 1e-6, 1e-5},
+    {"model", "model_dash", 1e-6, 2e-4},    {"infllmv2", "infllmv2", 1e-6, 1e-5},
+    {"model", "model_infllmv2", 1e-6, 1e-5}};
 
 TEST(Op, MeetsTheReferenceVectors) {
   const TempDir dir;
@@ -215,13 +217,13 @@ TEST_F(BadInput, Models) {
   model({}, {{"model.norm.weight", pool_.random({5})}}).close();
   expect_refused("model", "in/model.norm.weight is [5], not [4]");
   model({{"Hkv", 0}}).close();
-  expect_refused("model", "Hkv");
+  expect_refused("model", "a multiple of Hkv");
   model({{"Hq", 3}, {"Hkv", 2}}).close();
-  expect_refused("model", "Hkv");
+  expect_refused("model", "a multiple of Hkv");
   model({{"D", 3}}).close();
-  expect_refused("model", "D");
+  expect_refused("model", "D even");
   model({{"L", -1}}).close();
-  expect_refused("model", "L");
+  expect_refused("model", "L, d, Hq");
   h5::File method = model();
   method.set("case", "method", std::string("fool"));
   method.close();
