@@ -130,10 +130,11 @@ struct Kernels {
 
   /// Sum of squares, in f64, in an order that does not depend on the number of threads.
   double sum_of_squares(Tensor x) const;
-  /// One AdamW step over flat f32 windows (Loshchilov and Hutter 2019); clears g. c1 and c2 are the
-  /// bias corrections 1 - beta^t; g is multiplied by g_scale first (clipping).
-  void adamw(Tensor w, Tensor g, Tensor m, Tensor v, double g_scale, double lr, double beta1,
-             double beta2, double c1, double c2, double eps, double decay) const;
+  /// One AdamW step over all parameters, flat (Loshchilov and Hutter 2019); clears g. decays u8: 1
+  /// where weight decay applies. c1 and c2 are the bias corrections 1 - beta^t; g is multiplied by
+  /// g_scale first (clipping).
+  void adamw(Tensor w, Tensor g, Tensor m, Tensor v, Tensor decays, double g_scale, double lr,
+             double beta1, double beta2, double c1, double c2, double eps, double decay) const;
 };
 
 }  // namespace entrain

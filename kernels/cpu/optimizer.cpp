@@ -31,9 +31,9 @@ double Kernels<Device::cpu>::sum_of_squares(Tensor x) const {
 }
 
 template <>
-void Kernels<Device::cpu>::adamw(Tensor w, Tensor g, Tensor m, Tensor v, double g_scale, double lr,
-                                 double beta1, double beta2, double c1, double c2, double eps,
-                                 double decay) const {
+void Kernels<Device::cpu>::adamw(Tensor w, Tensor g, Tensor m, Tensor v, Tensor decays,
+                                 double g_scale, double lr, double beta1, double beta2, double c1,
+                                 double c2, double eps, double decay) const {
   by_type(w, [&]<class T>(T) {
     const int64_t n = w.numel();
     T* pw = w.ptr<T>();
@@ -42,13 +42,15 @@ void Kernels<Device::cpu>::adamw(Tensor w, Tensor g, Tensor m, Tensor v, double 
     T* pv = v.ptr<T>();
     const auto b1 = static_cast<T>(beta1), b2 = static_cast<T>(beta2);
     const auto step = static_cast<T>(lr / c1), inverse_c2 = static_cast<T>(1 / c2);
-    const auto keep = static_cast<T>(1 - lr * decay), scale = static_cast<T>(g_scale);
+    const auto rate = static_cast<T>(lr * decay), scale = static_cast<T>(g_scale);
+    const uint8_t* decayed = decays.ptr<uint8_t>();
     const auto small = static_cast<T>(eps);
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < n; ++i) {
       const T grad = pg[i] * scale;
       pm[i] = b1 * pm[i] + (1 - b1) * grad;
       pv[i] = b2 * pv[i] + (1 - b2) * grad * grad;
+      const T keep = decayed[i] ? 1 - rate : T{1};
       pw[i] = keep * pw[i] - step * pm[i] / (std::sqrt(pv[i] * inverse_c2) + small);
       pg[i] = 0;
     }

@@ -25,6 +25,10 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
     memory_[i] = Buffer(static_cast<size_t>(total) * size_of(dtype), device);
     *flat[i] = Tensor::of(memory_[i].data(), {total}, dtype, device);
   }
+  if (training) {
+    decays_memory_ = Buffer(static_cast<size_t>(total), device);
+    decays_ = Tensor::of(decays_memory_.data(), {total}, DType::u8, device);
+  }
   int64_t at = 0;
   for (const ParamSpec& spec : specs) {
     const int64_t n = spec.shape.numel();
@@ -42,6 +46,7 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
     };
     const Tensor value = params_.back().value;
     dtype == DType::f64 ? fill(value.ptr<double>()) : fill(value.ptr<float>());
+    if (training) std::fill_n(decays_.ptr<uint8_t>() + at, n, spec.decay ? 1 : 0);
     at += n;
   }
 }

@@ -51,10 +51,11 @@ class Params {
   Tensor grads(size_t first, size_t count) const;
   Tensor m() const { return m_; }
   Tensor v() const { return v_; }
+  Tensor decays() const { return decays_; }  // u8: 1 where weight decay applies
 
  private:
-  Buffer memory_[4];
-  Tensor values_, grads_, m_, v_;
+  Buffer memory_[4], decays_memory_;
+  Tensor values_, grads_, m_, v_, decays_;
   std::vector<Param> params_;
 };
 

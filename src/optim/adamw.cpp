@@ -15,10 +15,8 @@ void adamw_step(Params& params, const OptimConfig& config, int64_t step, double 
   const double c1 = 1 - std::pow(config.beta1, static_cast<double>(step));
   const double c2 = 1 - std::pow(config.beta2, static_cast<double>(step));
   const Kernels<Device::cpu> k;
-  for (Param& p : params.all()) {
-    k.adamw(p.value, p.grad, p.m, p.v, scale, lr, config.beta1, config.beta2, c1, c2, config.eps,
-            p.decay ? config.weight_decay : 0);
-  }
+  k.adamw(params.values(), params.grads(), params.m(), params.v(), params.decays(), scale, lr,
+          config.beta1, config.beta2, c1, c2, config.eps, config.weight_decay);
 }
 
 }  // namespace entrain
