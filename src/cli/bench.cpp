@@ -66,6 +66,7 @@ void bench_train(const TrainShape& s) {
   const OptimConfig optim;
   std::vector<double> forward, backward, update, step, share, rates;
   double flops = 0;
+  const int group = s.model.n_head / s.model.n_kv_head;
   for (int i = 0; i <= s.repeats; ++i) {
     Tensor read = decoder.read();
     std::fill_n(read.ptr<double>(), read.numel(), 0.0);
@@ -80,7 +81,7 @@ void bench_train(const TrainShape& s) {
     if (i == 0) continue;  // warms up
     flops =
         6.0 * static_cast<double>(decoder.matmul_params()) * static_cast<double>(tokens.numel()) +
-        12.0 * pairs * s.model.head_dim * (s.model.n_head / s.model.n_kv_head);
+        12.0 * pairs * s.model.head_dim * group;
     forward.push_back(f), backward.push_back(b), update.push_back(u), step.push_back(f + b + u);
     rates.push_back(rate), share.push_back(flops / (f + b + u) / rate);
   }

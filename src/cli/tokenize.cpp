@@ -171,7 +171,7 @@ void summarize(const Options& o, const Corpus& corpus, const Tokenizer& tokenize
 
 void tokenize(const Options& o) {
   const nlohmann::json source = read_source(o.provenance);
-  TokenWriter(o.out, 1);  // refuses an output that cannot be written before the work, not after
+  { const TokenWriter trial(o.out, 1); }  // refuses an unwritable output before the work, not after
   Corpus corpus(o.inputs, {o.jsonl_field, trains(o)});
   const Tokenizer tokenizer = make_tokenizer(o, corpus);
   TokenWriter writer(o.out, tokenizer.vocab());

@@ -467,7 +467,7 @@ void File::append(const std::string& dataset, Tensor x) {
   }
   const Id to = open_dataset(id(), path_, dataset);
   const int64_t begin = shape_of(to, path_, dataset)[0];
-  const hsize_t end = static_cast<hsize_t>(begin + x.numel());
+  const hsize_t end = static_cast<hsize_t>(begin) + static_cast<hsize_t>(x.numel());
   if (H5Dset_extent(to, &end) < 0) write_failed(path_, dataset);
   write_range(dataset, begin, x);
 }
