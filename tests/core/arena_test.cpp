@@ -56,7 +56,9 @@ TEST(Buffer, MovesItsMemoryAndNamesWhatItCannotGet) {
   const Buffer b = std::move(a);
   EXPECT_EQ(b.data(), data);
   EXPECT_EQ(b.bytes(), 100);
+#ifndef __SANITIZE_ADDRESS__  // which ends the program instead of refusing
   EXPECT_ERROR(Buffer(size_t{1} << 60, Device::cpu), "out of memory: 1073741824.00 GiB");
+#endif
 }
 
 }  // namespace
