@@ -104,7 +104,8 @@ void store_tile(const T* tile, const AttentionShape& s, int64_t b, int64_t r, in
   }
 }
 
-/// A thread's memory; grows to what the largest shape needs and stays.
+/// A thread's memory; grows to what the largest shape needs and stays. All threads reserve before
+/// the work is dealt out, so that no later step allocates because it is dealt otherwise.
 template <class T>
 struct Scratch {
   std::vector<int32_t> picked;
@@ -159,12 +160,13 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
   T* kt = keys.ptr<T>();
   transpose_blocks(k, block, kt);
 
+#pragma omp parallel
+  scratch_of_thread<T>.reserve(s, block, batch, false);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
     for (int64_t b = 0; b < s.B; ++b) {
       for (int64_t r = 0; r < s.Hkv; ++r) {
         Scratch<T>& w = scratch_of_thread<T>;
-        w.reserve(s, block, batch, false);
         const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
         const int64_t rows = count * s.g, row = s.g * s.D;
         load_tile<T>(qv, s, b, r, first, count, scale, w.q.data());
@@ -266,12 +268,13 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
   transpose_blocks(k, block, kt);
   transpose_blocks(v, block, vt);
 
+#pragma omp parallel
+  scratch_of_thread<T>.reserve(s, block, batch, true);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t r = 0; r < s.Hkv; ++r) {
       for (int64_t part = 0; part < parts; ++part) {
         Scratch<T>& w = scratch_of_thread<T>;
-        w.reserve(s, block, batch, true);
         T* dk_part = sums + ((b * s.Hkv + r) * parts + part) * 2 * per_head;
         T* dv_part = dk_part + per_head;
         std::fill_n(dk_part, 2 * per_head, T{0});

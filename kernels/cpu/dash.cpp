@@ -42,6 +42,15 @@ struct Candidates {
 /// One tile of queries of one kv head: scores, entmax and the group's weights.
 class RoutedTile : public ScoreTile {
  public:
+  void reserve(const AttentionShape& s, int64_t chunks) {
+    ScoreTile::reserve(s, chunks);
+    grow(p, s.g * chunks);
+    for (std::vector<double>* row : {&w, &kept, &dw}) grow(*row, chunks);
+    grow(support, chunks);
+    grow(tau, s.g);
+    grow(dq, s.tile() * s.g * s.D);
+  }
+
   template <class T>
   void load(const HeadView<T>& q, const double* kbar, const AttentionShape& s,
             const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count) {
@@ -57,8 +66,6 @@ class RoutedTile : public ScoreTile {
   /// The routing weights w of one query from its heads' scores and thresholds.
   void weigh(const DashRouting& routing, int64_t g, int64_t query, Candidates range,
              const double* tau) {
-    grow(p, g * width);
-    grow(w, width);
     std::fill_n(w.begin(), width, 0.0);
     for (int64_t h = 0; h < g; ++h) {
       double* head = p.data() + h * width;
@@ -87,6 +94,8 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
   by_type(k, [&]<class T>(T) {
     const HeadView<T> kv(k);
     const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
+#pragma omp parallel
+    RoutedTile::grow(chunk_of_thread, chunk);
 #pragma omp parallel for collapse(3) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t r = 0; r < H; ++r) {
@@ -94,7 +103,6 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
           double* out = kbar.ptr<double>() + ((b * H + r) * M + c) * D;
           std::fill_n(out, D, 0.0);
           if ((c + 1) * chunk > N) continue;  // a trailing partial chunk has no summary
-          RoutedTile::grow(chunk_of_thread, chunk);
           double* a = chunk_of_thread.data();
           const T* keys = kv.at(b, r, c * chunk);
           summary_weights(keys, kv.token_step, s.ptr<T>() + r * D, chunk, D, a);
@@ -116,10 +124,11 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
     const HeadView<T> kv(k), dkv(dk_sum);
     const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = dkbar[2];
     const double scale = 1 / std::sqrt(static_cast<double>(D));
+#pragma omp parallel
+    RoutedTile::grow(chunk_of_thread, 2 * chunk + D);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t r = 0; r < H; ++r) {  // one thread a head: ds is summed in order
       std::vector<double>& buffer = chunk_of_thread;
-      RoutedTile::grow(buffer, 2 * chunk + D);
       double* a = buffer.data();
       double* e = a + chunk;
       double* ds = e + chunk;
@@ -159,6 +168,8 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q);
     const int64_t M = kbar[2], words = blocks.mask[3];
+#pragma omp parallel
+    tile_of_thread.reserve(s, M);
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {
       for (int64_t b = 0; b < s.B; ++b) {
@@ -169,9 +180,6 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
                     count);
           double entries = 0;
 
-          RoutedTile::grow(tile.tau, s.g);
-          RoutedTile::grow(tile.kept, tile.width);
-          RoutedTile::grow(tile.support, tile.width);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
             const Candidates range(routing, own);
@@ -244,6 +252,8 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
     const int64_t M = kbar[2], parts = s.parts(), per_head = M * s.D;
     const double scale = *routing.gamma / std::sqrt(static_cast<double>(s.D));
     double* sums = scratch.ptr<double>();  // [B, Hkv, parts, M, D]
+#pragma omp parallel
+    tile_of_thread.reserve(s, M);
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int64_t b = 0; b < s.B; ++b) {
       for (int64_t r = 0; r < s.Hkv; ++r) {
@@ -257,9 +267,6 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
             const int64_t rows = count * s.g;
             tile.load(qv, keys, s, routing, b, r, first, count);
             const int64_t width = tile.width, step = tile.step;
-            RoutedTile::grow(tile.dw, width);
-            RoutedTile::grow(tile.tau, s.g);
-            RoutedTile::grow(tile.dq, rows * s.D);
             for (int64_t i = 0; i < count; ++i) {
               const int64_t at = (b * s.Hkv + r) * s.N + first + i;
               const Candidates range(routing, (first + i) / routing.chunk);

@@ -9,9 +9,17 @@
 
 namespace entrain {
 
-/// One tile of queries of one kv head against [width, D] keys. It belongs to a thread and only
-/// grows.
+/// One tile of queries of one kv head against [width, D] keys. It belongs to a thread, which
+/// reserves its memory once.
 struct ScoreTile {
+  /// For tiles of a shape against at most `keys` keys.
+  void reserve(const AttentionShape& s, int64_t keys) {
+    const int64_t rows = s.tile() * s.g, most = (keys + lanes - 1) / lanes * lanes;
+    grow(queries, rows * s.D);
+    grow(keys_t, most * s.D);
+    grow(z, rows * most);
+  }
+
   /// z = scale q . key for the g heads of queries [first, first + count) of kv head r.
   template <class T>
   void load(const HeadView<T>& q, const double* keys, int64_t keys_count, double scale,
@@ -19,9 +27,6 @@ struct ScoreTile {
     width = keys_count;
     step = (width + lanes - 1) / lanes * lanes;
     const int64_t rows = count * s.g;
-    grow(queries, rows * s.D);
-    grow(keys_t, step * s.D);
-    grow(z, rows * step);
     for (int64_t i = 0; i < rows; ++i) {
       const T* from = q.at(b, r * s.g + i % s.g, first + i / s.g);
       for (int64_t d = 0; d < s.D; ++d) queries[i * s.D + d] = scale * from[d];

@@ -15,9 +15,15 @@ namespace {
 
 /// A tile's scores against windows, and what becomes of them query by query.
 struct WindowTile : ScoreTile {
+  void reserve(const AttentionShape& s, int64_t windows, int64_t blocks) {
+    ScoreTile::reserve(s, windows);
+    grow(weights, windows);
+    grow(scores, blocks);
+    ranked.reserve(static_cast<size_t>(blocks));
+  }
+
   /// weights [visible]: each head's softmax over the visible windows, summed over the heads.
   void weigh(int64_t g, int64_t query, int64_t visible) {
-    grow(weights, visible);
     std::fill_n(weights.begin(), visible, 0.0);
     for (int64_t h = 0; h < g; ++h) {
       double* p = z.data() + (query * g + h) * step;
@@ -35,7 +41,6 @@ struct WindowTile : ScoreTile {
   /// scores [blocks]: the largest weight of the visible windows that overlap a block, or 0. A NaN
   /// weight counts as 0, so that the choice is always made among numbers.
   void score(const BlockSelection& selection, int64_t blocks, int64_t visible) {
-    grow(scores, blocks);
     for (int64_t c = 0; c < blocks; ++c) {
       const int64_t begin = c * selection.block, end = begin + selection.block;
       const int64_t before = begin - selection.length;  // windows that start here or earlier end
@@ -112,6 +117,8 @@ void Kernels<Device::cpu>::select_blocks(Tensor q, Tensor pooled, const BlockSel
     const HeadView<T> qv(q);
     const int64_t W = pooled[2], words = mask[3];
     const double scale = 1 / std::sqrt(static_cast<double>(s.D));
+#pragma omp parallel
+    tile_of_thread.reserve(s, W, (s.N + selection.block - 1) / selection.block);
 #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
       for (int64_t b = 0; b < s.B; ++b) {

@@ -33,8 +33,7 @@ namespace entrain {
 namespace {
 
 TEST(Step, AllocatesNothingAfterTheFirst) {
-  const Threads one(1);  // each thread's scratch grows when it first meets the largest tile
-  for (const char* method : {"full", "dash"}) {
+  for (const char* method : {"full", "dash", "infllmv2"}) {
     for (const bool recompute : {false, true}) {
       TinyDecoder tiny(method, DType::f32, 2, 40);
       Graph graph({.training = true, .recompute = recompute}, tiny.training());
