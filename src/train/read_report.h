@@ -1,5 +1,5 @@
 #pragma once
-// What attention read, as methods.md-style densities: over everything, and per layer and kv head.
+// What attention read, as densities: over everything, and per layer and kv head.
 #include <vector>
 
 #include "core/tensor.h"
