@@ -48,8 +48,8 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
     fill(first, micro, sampler);
     last_micro_ = micro + 1 == plan_.accumulate;
     tape_.forward();
-    tape_.backward();
     for (int64_t i = 0; i < loss_.numel(); ++i) sum += loss_.ptr<float>()[i];
+    tape_.backward();  // recomputing blocks writes over the losses
   }
   comm_.wait();
   comm_.sum(&sum, 1);
