@@ -68,7 +68,10 @@ void run(const Options& options) {
   std::unique_ptr<Evaluator> evaluator;
   TapeMemory memory(Device::cpu);
   together(*comm, [&] {
-    path = find_checkpoint(options.run);
+    if (comm->rank() == 0) path = find_checkpoint(options.run);
+  });
+  broadcast(*comm, path, 0);
+  together(*comm, [&] {
     info = read_info(path);
     config = read_config(info.config_yaml, path, options.overrides);
     store = std::make_unique<TokenStore>(config.data.path);

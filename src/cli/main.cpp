@@ -1,6 +1,8 @@
 // entrain: the program. Finds the subcommand, runs it, and turns every error into one line and an
 // exit code.
 #include <fmt/format.h>
+#include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <iostream>
@@ -85,5 +87,8 @@ int run(int argc, char** argv) {
 }  // namespace entrain::cli
 
 int main(int argc, char** argv) {
+  // Warnings are lines beside the errors, not part of what a command prints.
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("entrain"));
+  spdlog::set_pattern("entrain: %l: %v");
   return entrain::cli::run(argc, argv);
 }

@@ -17,11 +17,13 @@ struct Options {
 
 void run(const Options& options) {
   install_signal_handlers();
-  const std::unique_ptr<Comm> comm = make_comm();
+  std::unique_ptr<Comm> comm = make_comm();
   RunConfig config;
   together(*comm, [&] { config = load_config(options.config, options.overrides); });
-  require_same(*comm, "the configuration", to_yaml(config));
-  if (train(config, options.resume, *comm) == RunEnd::stopped) throw CLI::RuntimeError(stopped);
+  together(*comm, [&] { require_same(*comm, "configuration", to_yaml(config)); });
+  const RunEnd end = train(config, options.resume, *comm);
+  comm.reset();
+  if (end == RunEnd::stopped) throw CLI::RuntimeError(stopped);
 }
 
 }  // namespace

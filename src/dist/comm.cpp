@@ -20,6 +20,7 @@ class SingleProcess final : public Comm {
   void max(double*, int) override {}
   void broadcast(void*, size_t, int) override {}
   void barrier() override {}
+  void fail_together() override {}
   [[noreturn]] void abort(int code) override {
     std::fflush(nullptr);
     std::_Exit(code);
@@ -34,13 +35,6 @@ bool is_set(const char* variable) {
 int tasks_of_srun() {
   const char* tasks = is_set("SLURM_PROCID") ? std::getenv("SLURM_STEP_NUM_TASKS") : nullptr;
   return tasks ? std::max(1, std::atoi(tasks)) : 1;
-}
-
-void broadcast_text(Comm& comm, std::string& text, int root) {
-  size_t bytes = text.size();
-  comm.broadcast(&bytes, sizeof bytes, root);
-  text.resize(bytes);
-  comm.broadcast(text.data(), bytes, root);
 }
 
 // "'lr: 2' instead of 'lr: 1'": the first line in which two texts differ.
@@ -72,16 +66,23 @@ std::unique_ptr<Comm> make_comm() {
   return comm;
 }
 
+void broadcast(Comm& comm, std::string& text, int root) {
+  size_t bytes = text.size();
+  comm.broadcast(&bytes, sizeof bytes, root);
+  text.resize(bytes);
+  comm.broadcast(text.data(), bytes, root);
+}
+
 void require_same(Comm& comm, const std::string& what, const std::string& text) {
   std::string expected = text;
-  broadcast_text(comm, expected, 0);
+  broadcast(comm, expected, 0);
   // The first differing rank is the largest of the negative numbers.
   double differing = text == expected ? -comm.size() : -comm.rank();
   comm.max(&differing, 1);
   const int rank = static_cast<int>(-differing);
   if (rank == comm.size()) return;
   std::string difference = comm.rank() == rank ? first_difference(text, expected) : "";
-  broadcast_text(comm, difference, rank);
+  broadcast(comm, difference, rank);
   fail("rank {} has another {} than rank 0: {}; start all ranks with the same", rank, what,
        difference);
 }

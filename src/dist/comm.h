@@ -26,6 +26,10 @@ class Comm {
   virtual void broadcast(void* data, size_t bytes, int root) = 0;
   virtual void barrier() = 0;
 
+  /// Said by every rank when all are about to throw: they then leave one after the other without
+  /// hurry, while after an error of one alone its launcher has to end the others.
+  virtual void fail_together() = 0;
+
   /// Ends all ranks at once with this exit code, after the caller has said why on stderr.
   [[noreturn]] virtual void abort(int code) = 0;
 };
@@ -34,6 +38,9 @@ class Comm {
 /// before threads start; the object finalizes MPI when it is destroyed. Throws Error under srun
 /// without PMI, whose tasks would each take themselves for the only one.
 std::unique_ptr<Comm> make_comm();
+
+/// Makes every rank's text the root's.
+void broadcast(Comm& comm, std::string& text, int root);
 
 /// Throws Error on every rank, naming `what` and the first differing rank, unless all ranks pass
 /// the same text (configurations, checkpoint names, vocabulary hashes).

@@ -29,7 +29,7 @@ class MpiComm final : public Comm {
   }
 
   ~MpiComm() override {
-    if (std::uncaught_exceptions() == 0) MPI_Finalize();
+    if (std::uncaught_exceptions() == 0 || all_fail_) MPI_Finalize();
   }
 
   int rank() const override { return rank_; }
@@ -73,6 +73,8 @@ class MpiComm final : public Comm {
 
   void barrier() override { MPI_Barrier(MPI_COMM_WORLD); }
 
+  void fail_together() override { all_fail_ = true; }
+
   [[noreturn]] void abort(int code) override {
     MPI_Abort(MPI_COMM_WORLD, code);
     std::_Exit(code);
@@ -81,6 +83,7 @@ class MpiComm final : public Comm {
  private:
   int rank_ = 0;
   int size_ = 1;
+  bool all_fail_ = false;
   std::vector<MPI_Request> pending_;
 };
 

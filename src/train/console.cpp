@@ -1,5 +1,6 @@
 #include "train/console.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -7,11 +8,47 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <limits>
 #include <vector>
 
 namespace entrain {
 namespace {
+
+namespace fs = std::filesystem;
+
+// 0 when there is none to see.
+pid_t parent_of(pid_t process) {
+  std::ifstream status(fmt::format("/proc/{}/status", process));
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("PPid:")) return std::atoi(line.c_str() + 5);
+  }
+  return 0;
+}
+
+bool leads_to_terminal(const fs::path& path) {
+  const int file = ::open(path.c_str(), O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+  const bool terminal = file >= 0 && ::isatty(file) != 0;
+  if (file >= 0) ::close(file);
+  return terminal;
+}
+
+// Open MPI gives every rank a terminal of its own and passes on what is written there. What counts
+// is where mpirun itself writes: the nearest ancestor with another standard output.
+bool is_terminal(std::FILE* out) {
+  if (::isatty(::fileno(out)) == 0) return false;
+  if (!std::getenv("OMPI_COMM_WORLD_SIZE")) return true;
+  std::error_code error;
+  const fs::path own = fs::read_symlink(fmt::format("/proc/self/fd/{}", ::fileno(out)), error);
+  for (pid_t process = ::getppid(); process > 0; process = parent_of(process)) {
+    const fs::path descriptor = fmt::format("/proc/{}/fd/1", process);
+    const fs::path target = fs::read_symlink(descriptor, error);
+    if (error) return false;
+    if (target != own) return leads_to_terminal(descriptor);
+  }
+  return false;
+}
 
 constexpr const char* clear_line = "\r\x1b[K";
 
@@ -78,7 +115,7 @@ std::string format_step(const StepMetrics& m, size_t width) {
 }
 
 Console::Console(std::FILE* out, int64_t log_every)
-    : out_(out), log_every_(log_every), terminal_(::isatty(::fileno(out)) != 0) {}
+    : out_(out), log_every_(log_every), terminal_(is_terminal(out)) {}
 
 Console::~Console() {
   if (live_) std::fputc('\n', out_), std::fflush(out_);

@@ -18,8 +18,8 @@ std::string format_step(const StepMetrics& metrics, size_t width);
 
 class Console {
  public:
-  /// On a terminal a line that each step overwrites; elsewhere a line every log_every steps and for
-  /// the last one.
+  /// On a terminal, also one that mpirun writes to, a line that each step overwrites; elsewhere a
+  /// line every log_every steps and for the last one.
   Console(std::FILE* out, int64_t log_every);
   ~Console();
   Console(const Console&) = delete;

@@ -31,15 +31,6 @@ double mib(size_t bytes) {
   return static_cast<double>(bytes) / (1 << 20);
 }
 
-/// Broadcasts rank 0's text.
-std::string from_rank_0(Comm& comm, std::string text) {
-  uint64_t size = text.size();
-  comm.broadcast(&size, sizeof size, 0);
-  text.resize(size);
-  if (size > 0) comm.broadcast(text.data(), size, 0);
-  return text;
-}
-
 class Run {
  public:
   Run(const RunConfig& config, Comm& comm);
@@ -55,6 +46,7 @@ class Run {
   void init_from(const std::string& path);
   void seek_density();
   StepMetrics step();
+  void write_metrics(const nlohmann::ordered_json& line);
   void evaluate();
   void save();
 
@@ -122,7 +114,7 @@ Run::Run(const RunConfig& config, Comm& comm)
 
 void Run::start(bool resume) {
   comm_.sum(&peak_rate_, 1);
-  std::string checkpoint;
+  std::string checkpoint, donor;
   together(comm_, [&] {
     if (!main_) return;
     const std::string folder = config_.dir + "/checkpoints";
@@ -133,18 +125,21 @@ void Run::start(bool resume) {
           "{} has checkpoints already; continue it with --resume, or choose another run.dir",
           config_.dir));
     }
+    if (checkpoint.empty() && !config_.train.init_from.empty()) {
+      donor = find_checkpoint(config_.train.init_from);
+    }
   });
-  checkpoint = from_rank_0(comm_, checkpoint);
+  broadcast(comm_, checkpoint, 0);
+  broadcast(comm_, donor, 0);
   together(comm_, [&] {
     if (!checkpoint.empty()) {
       resume_from(checkpoint);
-    } else if (!config_.train.init_from.empty()) {
-      init_from(find_checkpoint(config_.train.init_from));
+    } else if (!donor.empty()) {
+      init_from(donor);
     }
     if (!main_) return;
-    fs::create_directories(config_.dir + "/checkpoints");
-    replace_file(config_.dir + "/config.yaml", to_yaml(config_));
     metrics_.emplace(config_.dir, state_.step);
+    replace_file(config_.dir + "/config.yaml", to_yaml(config_));
   });
   state_.rng = {config_.train.seed, 0, static_cast<uint64_t>(state_.sequences)};
 }
@@ -245,6 +240,12 @@ StepMetrics Run::step() {
   return m;
 }
 
+void Run::write_metrics(const nlohmann::ordered_json& line) {
+  together(comm_, [&] {
+    if (main_) metrics_->write(line);
+  });
+}
+
 void Run::evaluate() {
   if (evaluated_step_ == state_.step) return;
   evaluated_step_ = state_.step;
@@ -252,12 +253,11 @@ void Run::evaluate() {
       evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
   say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
                   result.loss, result.perplexity, result.read.all.density));
-  if (!main_) return;
-  metrics_->write({{"step", state_.step},
-                   {"eval_loss", result.loss},
-                   {"eval_perplexity", result.perplexity},
-                   {"density", result.read.all.density},
-                   {"router_density", result.read.all.router_density}});
+  write_metrics({{"step", state_.step},
+                 {"eval_loss", result.loss},
+                 {"eval_perplexity", result.perplexity},
+                 {"density", result.read.all.density},
+                 {"router_density", result.read.all.router_density}});
 }
 
 void Run::save() {
@@ -287,10 +287,8 @@ RunEnd Run::train(bool resume) {
   if (controller_ && state_.step == 0) seek_density();
   while (state_.step < config_.train.steps) {
     const StepMetrics metrics = step();
-    if (main_) {
-      console_.step(metrics);
-      metrics_->write(to_json(metrics));
-    }
+    if (main_) console_.step(metrics);
+    write_metrics(to_json(metrics));
     const bool last = state_.step == config_.train.steps;
     const auto due = [&](int64_t every) { return last || (every > 0 && state_.step % every == 0); };
     if (due(config_.eval.every)) evaluate();

@@ -13,7 +13,7 @@ void together(Comm& comm, const std::function<void()>& f) {
     bool refused = false;
   } report;
   bool failed = false;
-  auto note = [&](const Error& error, bool refused) {
+  auto note = [&](const std::runtime_error& error, bool refused) {
     failed = true;
     std::strncpy(report.message, error.what(), sizeof report.message - 1);
     report.refused = refused;
@@ -22,12 +22,13 @@ void together(Comm& comm, const std::function<void()>& f) {
     f();
   } catch (const ConfigError& error) {
     note(error, true);
-  } catch (const Error& error) {
+  } catch (const std::runtime_error& error) {  // Error or filesystem_error
     note(error, false);
   }
   double first = failed ? comm.size() - comm.rank() : 0;  // largest for the lowest rank
   comm.max(&first, 1);
   if (first == 0) return;
+  comm.fail_together();
   const int root = comm.size() - static_cast<int>(first);
   comm.broadcast(&report, sizeof report, root);
   std::string message = report.message;

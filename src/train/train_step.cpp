@@ -4,6 +4,7 @@
 
 #include "optim/adamw.h"
 #include "optim/schedule.h"
+#include "train/together.h"
 
 namespace entrain {
 
@@ -48,8 +49,8 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
     fill(first, micro, sampler);
     last_micro_ = micro + 1 == plan_.accumulate;
     tape_.forward();
-    tape_.backward();
     for (int64_t i = 0; i < loss_.numel(); ++i) sum += loss_.ptr<float>()[i];
+    tape_.backward();
   }
   comm_.wait();
   comm_.sum(&sum, 1);
@@ -74,12 +75,17 @@ void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double l
   double where = found[0] ? comm_.size() - comm_.rank() : 0;  // the lowest rank that found one
   comm_.max(&where, 1);
   if (where > 0) comm_.broadcast(found, sizeof found, comm_.size() - static_cast<int>(where));
-  fail(
-      "step {}: the loss is {} and not all gradients are finite; the first op with a non-finite "
-      "value is "
-      "{}. Parameters were not changed and the last checkpoint is good: lower train.lr or raise "
-      "train.warmup and continue with --resume",
-      step, loss, where > 0 ? found : "none when run again (an overflow of the sum over ranks)");
+  const std::string op =
+      where > 0 ? found : "none when run again (an overflow of the sum over ranks)";
+  together(comm_, [&] {
+    fail(
+        "step {}: the loss is {} and not all gradients are finite; the first op with a non-finite "
+        "value is "
+        "{}. Parameters were not changed and the last checkpoint is good: lower train.lr or raise "
+        "train.warmup and continue with --resume",
+        step, loss, op);
+  });
+  std::abort();
 }
 
 }  // namespace entrain

@@ -9,7 +9,7 @@ namespace entrain {
 namespace {
 
 TEST(Main, ShowsHelpWithTheExitCodes) {
-  const Result help = run_entrain("--help");
+  const Ended help = run_entrain("--help");
   EXPECT_EQ(help.code, 0);
   EXPECT_NE(help.out.find("Exit codes:"), help.out.npos);
   EXPECT_NE(help.out.find("tokenize"), help.out.npos);
@@ -18,14 +18,14 @@ TEST(Main, ShowsHelpWithTheExitCodes) {
 }
 
 TEST(Main, ShowsTheVersion) {
-  const Result version = run_entrain("--version");
+  const Ended version = run_entrain("--version");
   EXPECT_EQ(version.code, 0);
   EXPECT_TRUE(version.out.starts_with("entrain 0.")) << version.out;
 }
 
 TEST(Main, RefusesWrongUsageInOneLine) {
   for (const char* arguments : {"trian", "--bogus", "train", "train no-such.yaml"}) {
-    const Result result = run_entrain(arguments);
+    const Ended result = run_entrain(arguments);
     EXPECT_EQ(result.code, 2) << arguments;
     EXPECT_EQ(result.out, "") << arguments;
     EXPECT_TRUE(result.err.starts_with("entrain: ")) << result.err;

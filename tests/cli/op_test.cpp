@@ -48,7 +48,7 @@ TEST(Op, MeetsTheReferenceVectors) {
     const std::string in = fmt::format(TEST_VECTORS "/{}.h5", v.file);
     for (const char* dtype : {"f64", "f32"}) {
       const std::string out = dir / fmt::format("{}_{}.h5", v.file, dtype);
-      const Result result = run_entrain(
+      const Ended result = run_entrain(
           fmt::format("op {} --in {} --out {} --dtype {}", v.operation, in, out, dtype));
       ASSERT_EQ(result.code, 0) << result.err;
       const h5::File expected = h5::File::open(in), actual = h5::File::open(out);
@@ -123,7 +123,7 @@ class BadInput : public testing::Test {
   }
 
   void expect_refused(const std::string& operation, const std::string& part) {
-    const Result r = run_entrain(fmt::format("op {} --in {} --out {}", operation, in_, out_));
+    const Ended r = run_entrain(fmt::format("op {} --in {} --out {}", operation, in_, out_));
     EXPECT_EQ(r.code, 1) << part;
     EXPECT_NE(r.err.find(part), std::string::npos) << r.err;
     EXPECT_EQ(std::ranges::count(r.err, '\n'), 1) << r.err;
@@ -141,7 +141,7 @@ TEST_F(BadInput, GoodInputPasses) {
     if (operation == std::string("entmax")) entmax(pool_.random({2, 5}), lengths({0, 5})).close();
     if (operation == std::string("dash")) dash(2).close();
     if (operation == std::string("model")) model().close();
-    const Result r = run_entrain(fmt::format("op {} --in {} --out {}", operation, in_, out_));
+    const Ended r = run_entrain(fmt::format("op {} --in {} --out {}", operation, in_, out_));
     EXPECT_EQ(r.code, 0) << r.err;
     EXPECT_FALSE(h5::File::open(out_).datasets("case/out").empty());
   }
@@ -161,7 +161,7 @@ TEST_F(BadInput, Files) {
 TEST_F(BadInput, UnwritableOutput) {
   entmax(pool_.random({2, 5}), lengths({0, 5})).close();
   for (const std::string& out : {dir_ / "missing/out.h5", std::string("/proc/out.h5"), in_}) {
-    const Result r = run_entrain(fmt::format("op entmax --in {} --out {}", in_, out));
+    const Ended r = run_entrain(fmt::format("op entmax --in {} --out {}", in_, out));
     EXPECT_EQ(r.code, 1) << out;
     EXPECT_NE(r.err.find(out), std::string::npos) << r.err;
     EXPECT_EQ(std::ranges::count(r.err, '\n'), 1) << r.err;
