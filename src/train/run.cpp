@@ -194,7 +194,8 @@ void Run::seek_density() {
   const double target = config_.attention.target_density;
   double low = 0, high = 0, density = 0;  // gammas that read too much and too little; 0: none yet
   for (int i = 0; i < 16; ++i) {
-    density = evaluator_->run(store_, Split::train, comm_.size(), comm_).read.all.density;
+    density =
+        evaluator_->run(store_, Split::train, config_.train.global_batch, comm_).read.all.density;
     if (std::abs(density / target - 1) < 0.05) break;
     (density > target ? low : high) = gamma;
     gamma = high == 0 ? 8 * low : (low == 0 ? high / 8 : std::sqrt(low * high));
