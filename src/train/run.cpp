@@ -76,13 +76,7 @@ Run::Run(const RunConfig& config, Comm& comm)
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed) {
   config_.model.vocab = store_.vocab();
-  if (store_.tokens(Split::validation) <= config.data.seq_len) {
-    throw ConfigError(
-        fmt::format("{}: the validation split has {} tokens, fewer than one sequence (data.seq_len "
-                    "{}); tokenize with a "
-                    "larger --validation",
-                    config.data.path, store_.tokens(Split::validation), config.data.seq_len));
-  }
+  require_sequence(store_, Split::validation, config.data.seq_len);
 
   peak_rate_ = matmul_rate();  // also makes BLAS take its buffers before memory is measured
   const size_t before = resident_bytes();
