@@ -122,11 +122,17 @@ Console::~Console() {
 }
 
 void Console::step(const StepMetrics& m) {
+  const bool last = m.step == m.steps;
   if (terminal_) {
+    // Not faster than eyes follow: mpirun passes on nothing while it ends its ranks, and one that
+    // has filled the way to it would wait there instead of saving.
+    const auto now = std::chrono::steady_clock::now();
+    if (live_ && !last && now - shown_ < std::chrono::milliseconds(100)) return;
+    shown_ = now;
     // One column stays free: a full line would wrap, and then not be overwritten.
     fmt::print(out_, "{}{}", clear_line, format_step(m, columns(out_) - 1));
     live_ = true;
-  } else if (m.step % log_every_ == 0 || m.step == m.steps) {
+  } else if (m.step % log_every_ == 0 || last) {
     fmt::print(out_, "{}\n", format_step(m, std::string::npos));
   }
   std::fflush(out_);

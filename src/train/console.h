@@ -1,5 +1,6 @@
 #pragma once
 // What a run tells its user: a live line on a terminal, plain lines in a file.
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <string>
@@ -18,7 +19,7 @@ std::string format_step(const StepMetrics& metrics, size_t width);
 
 class Console {
  public:
-  /// On a terminal, also one that mpirun writes to, a line that each step overwrites; elsewhere a
+  /// On a terminal, also one that mpirun writes to, a line that later steps overwrite; elsewhere a
   /// line every log_every steps and for the last one.
   Console(std::FILE* out, int64_t log_every);
   ~Console();
@@ -33,7 +34,8 @@ class Console {
   std::FILE* out_;
   int64_t log_every_;
   bool terminal_;
-  bool live_ = false;  // a line without its newline is on the screen
+  std::chrono::steady_clock::time_point shown_;  // when the live line was written
+  bool live_ = false;                            // a line without its newline is on the screen
 };
 
 }  // namespace entrain

@@ -7,6 +7,14 @@
 
 namespace entrain {
 
+void require_sequence(const TokenStore& store, Split split, int64_t seq_len) {
+  require(
+      store.tokens(split) > seq_len,
+      "{}: the {} split has {} tokens, fewer than one sequence of data.seq_len + 1 = {}; take a "
+      "shorter one, or tokenize more",
+      store.path(), name_of(split), store.tokens(split), seq_len + 1);
+}
+
 Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
     : decoder_(decoder), tape_(memory, {}) {
   tokens_ = tape_.keep({1, seq_len}, DType::i32);
@@ -17,10 +25,7 @@ Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
 EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequences, Comm& comm) {
   const auto begin = std::chrono::steady_clock::now();
   const int64_t seq_len = tokens_[1], available = (store.tokens(split) - 1) / seq_len;
-  require(
-      available > 0,
-      "{}: the validation split has {} tokens, fewer than one sequence of data.seq_len + 1 = {}",
-      store.path(), store.tokens(Split::validation), seq_len + 1);
+  require_sequence(store, split, seq_len);
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
   collect_read(comm, decoder_.read());  // clears what training counted

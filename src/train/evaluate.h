@@ -16,6 +16,9 @@ struct EvalResult {
   ReadReport read;
 };
 
+/// Throws Error unless the split has a sequence of seq_len tokens and their targets.
+void require_sequence(const TokenStore& store, Split split, int64_t seq_len);
+
 class Evaluator {
  public:
   /// Records a forward pass of one sequence on `memory`.

@@ -76,13 +76,7 @@ Run::Run(const RunConfig& config, Comm& comm)
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed) {
   config_.model.vocab = store_.vocab();
-  if (store_.tokens(Split::validation) <= config.data.seq_len) {
-    throw ConfigError(
-        fmt::format("{}: the validation split has {} tokens, fewer than one sequence (data.seq_len "
-                    "{}); tokenize with a "
-                    "larger --validation",
-                    config.data.path, store_.tokens(Split::validation), config.data.seq_len));
-  }
+  require_sequence(store_, Split::validation, config.data.seq_len);
 
   peak_rate_ = matmul_rate();  // also makes BLAS take its buffers before memory is measured
   const size_t before = resident_bytes();
@@ -194,7 +188,8 @@ void Run::seek_density() {
   const double target = config_.attention.target_density;
   double low = 0, high = 0, density = 0;  // gammas that read too much and too little; 0: none yet
   for (int i = 0; i < 16; ++i) {
-    density = evaluator_->run(store_, Split::train, comm_.size(), comm_).read.all.density;
+    density =
+        evaluator_->run(store_, Split::train, config_.train.global_batch, comm_).read.all.density;
     if (std::abs(density / target - 1) < 0.05) break;
     (density > target ? low : high) = gamma;
     gamma = high == 0 ? 8 * low : (low == 0 ? high / 8 : std::sqrt(low * high));

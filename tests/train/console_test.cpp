@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 
@@ -100,7 +101,10 @@ TEST(Console, ATerminalGetsOneLineThatIsOverwritten) {
   {
     Console console(out.get(), 10);
     StepMetrics metrics = some_step();
-    for (metrics.step = 1; metrics.step <= 3; ++metrics.step) console.step(metrics);
+    for (metrics.step = 1; metrics.step <= 3; ++metrics.step) {
+      console.step(metrics);
+      std::this_thread::sleep_for(std::chrono::milliseconds(101));  // as fast as it may change
+    }
     console.say("saved");
     console.step(metrics);
   }

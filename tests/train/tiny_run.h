@@ -65,18 +65,21 @@ inline void expect_same_steps(const std::string& run, const std::string& expecte
   }
 }
 
-/// The same losses but for rounding.
+/// The same losses but for rounding. It moves what is measured with them more: where a routing
+/// score lies on the edge of being read, it decides.
 inline void expect_near_steps(const std::string& run, const std::string& expected,
-                              double relative) {
+                              double relative = 1e-5) {
   const std::vector<Json> a = read_steps(run), b = read_steps(expected);
   ASSERT_EQ(a.size(), b.size());
   ASSERT_FALSE(a.empty());
   for (size_t i = 0; i < a.size(); ++i) {
-    for (const char* key : {"loss", "grad_norm", "density", "router_density", "gamma"}) {
+    const auto expect_near = [&](const char* key, double tolerance) {
       const double x = a[i][key], y = b[i][key];
-      const bool gradient = std::string(key) == "grad_norm";
-      EXPECT_NEAR(x, y, (gradient ? 10 : 1) * relative * std::abs(y))
-          << key << " in step " << i + 1 << " of " << run;
+      ASSERT_NEAR(x, y, tolerance * std::abs(y)) << key << " in step " << i + 1 << " of " << run;
+    };
+    expect_near("loss", relative);
+    for (const char* key : {"grad_norm", "density", "router_density", "gamma"}) {
+      expect_near(key, 100 * relative);
     }
   }
 }
@@ -125,11 +128,13 @@ run: {{dir: {}}}
                        arguments);
   }
 
-  /// What a line of bash starts with: one thread a rank, since tests run next to each other. Leaks
-  /// inside Open MPI are not ours to report.
+  /// What a line of bash starts with: one thread a rank, since tests run next to each other. mpirun
+  /// waits twice its time to kill when a rank ends with another code than 0; runs this small need
+  /// little. Leaks inside Open MPI are not ours to report.
   static std::string environment() {
     return "export OMP_NUM_THREADS=1; . " TOOLS
-           "/mpi-env; export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1; ";
+           "/mpi-env; export OMPI_MCA_odls_base_sigkill_timeout=1 "
+           "ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1; ";
   }
   static std::string alone(const std::string& line) { return environment() + "exec " + line; }
   static std::string ranks(int count, const std::string& line) {
