@@ -30,9 +30,9 @@ constexpr const char* footer =
     "  3  stopped by a signal after saving a checkpoint; continue with --resume\n";
 
 int report(const std::string& message, ExitCode code) {
-  std::string line = message;
+  std::string line = "entrain: " + message;
   std::ranges::replace(line, '\n', ' ');
-  std::cerr << "entrain: " << line << std::endl;
+  std::cerr << line + '\n';  // in one write: mpirun may be speaking too
   return code;
 }
 
