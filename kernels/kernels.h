@@ -10,11 +10,26 @@
 
 namespace entrain {
 
+/// Runs of tokens: run m is tokens [m stride, m stride + length). Single tokens by default.
+struct Runs {
+  int64_t length = 1;
+  int64_t stride = 1;
+
+  /// Runs that lie whole within so many tokens.
+  int64_t within(int64_t tokens) const {
+    return tokens < length ? 0 : (tokens - length) / stride + 1;
+  }
+  /// The first token at which run m is complete.
+  int64_t end(int64_t m) const { return m * stride + length - 1; }
+};
+
 /// Which blocks of keys each query attends, besides causality, and with what bias on their logits.
 struct BlockSet {
-  int64_t block = 64;  // tokens in a block
+  int64_t block = 64;  // keys in a block
   Tensor mask;         // u64 [B, Hkv, N, ceil(M / 64)], bit c: block c; empty: every block
   Tensor bias;         // f32 [B, Hkv, N, M]; empty: 0
+  int64_t window = 0;  // > 0: only the last `window` keys up to the query, exactly
+  Runs keys = {};      // what a key stands for; a query sees it once it is complete
 };
 
 /// DashAttention's router (arXiv 2605.18753, stages 0 and 1).
@@ -29,6 +44,12 @@ struct DashRouting {
   const double* gamma = nullptr;  // read when the kernel runs: a controller moves it
 };
 
+/// How the weights of windows become the score of a block.
+enum class BlockScore : uint8_t {
+  best,  // InfLLM-V2: the largest weight of the windows that overlap it
+  sum    // NSA: each window counts once for each of its strides that ends in the block
+};
+
 /// Blocks chosen by how much a query attends windows of keys (NSA, arXiv 2502.11089; InfLLM-V2,
 /// arXiv 2509.24663). Window m is tokens [m stride, m stride + length); queries see it once it is
 /// complete.
@@ -39,11 +60,11 @@ struct BlockSelection {
   int64_t local_blocks = 2;
   int64_t length = 32;
   int64_t stride = 16;
+  BlockScore score = BlockScore::best;
 
+  Runs runs() const { return {length, stride}; }
   /// Windows complete within a number of tokens.
-  int64_t windows(int64_t tokens) const {
-    return tokens < length ? 0 : (tokens - length) / stride + 1;
-  }
+  int64_t windows(int64_t tokens) const { return runs().within(tokens); }
 };
 
 /// What attention read, per kv head, added to on every forward: f64 [Hkv, read_fields].
@@ -92,14 +113,16 @@ struct Kernels {
                  Tensor dw_sum, Tensor logits) const;
 
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
-  /// Rows that attend nothing give 0. keys: scratch [B, Hkv, N, D]. read: see ReadField, or empty.
+  /// Rows that attend nothing give 0. keys: scratch of k's size. read: see ReadField, or empty.
+  /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(N), D].
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
                  Tensor keys, Tensor read) const;
   /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's
   /// heads: 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
+  /// add_dq: queries that attend several sets of keys sum their gradients.
   void attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
                           const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
-                          Tensor scratch) const;
+                          Tensor scratch, bool add_dq = false) const;
   static int64_t attention_backward_scratch(const Shape& q, const Shape& k);
 
   /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D]; s f32 [Hkv, D]. Others are set to 0.
@@ -116,13 +139,32 @@ struct Kernels {
                            Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
   static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);
 
-  /// Mean keys of windows: pooled f64 [B, Hkv, W, D], W = selection.windows(N).
-  void pool_windows(Tensor k, const BlockSelection& selection, Tensor pooled) const;
+  /// Means of the rows of x [B, H, N, D] over runs of tokens: pooled f64 or x's type
+  /// [B, H, W, D], W = runs.within(N).
+  void pool_runs(Tensor x, Runs runs, Tensor pooled) const;
+  /// Rows of runs side by side, plus offset [length D] (or empty): rows [B H W, length D].
+  void unfold_runs(Tensor x, Runs runs, Tensor offset, Tensor rows) const;
+  /// The way back of both: dx sums what each run hands its tokens, drows (or empty) theirs and
+  /// dpooled [B, H, W, D] its share of the mean.
+  void fold_runs(Tensor drows, Tensor dpooled, Runs runs, Tensor dx) const;
+  /// sum [n] += the rows of x [rows, n]
+  void add_rows(Tensor x, Tensor sum) const;
+
   /// mask as attention takes it: the forced blocks, then the best-scored, topk in all. A query's
-  /// softmax over the windows it sees, summed over the group's heads, scores windows; the best
-  /// window that overlaps a block scores the block. Equal scores go to the lower block.
-  void select_blocks(Tensor q, Tensor pooled, const BlockSelection& selection, Tensor mask,
+  /// softmax over the keys of windows it sees, [B, Hkv, W, D] f64 or q's type, summed over the
+  /// group's heads, weighs windows; selection.score says what a block makes of them. Equal scores
+  /// go to the lower block.
+  void select_blocks(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask,
                      Tensor read) const;
+  /// Counts, as pairs, the last `window` tokens of each query that no block of its mask holds.
+  void read_window(const BlockSet& blocks, int64_t window, Tensor read) const;
+
+  /// gate = sigmoid(x + bias); x and gate [B, H, N, 1], bias [H]
+  void gate(Tensor x, Tensor bias, Tensor gate) const;
+  void gate_backward(Tensor dgate, Tensor gate, Tensor dx, Tensor dbias_sum) const;
+  /// y = gate x, or y += gate x; gate [B, H, N, 1], x and y [B, H, N, D]
+  void scale_rows(Tensor x, Tensor gate, bool add, Tensor y) const;
+  void scale_rows_backward(Tensor dy, Tensor x, Tensor gate, Tensor dx, Tensor dgate) const;
 
   /// alpha-entmax over the first length[r] entries of each row of z [R, n], exact zeros elsewhere.
   void entmax(Tensor z, Tensor length, double alpha, Tensor p) const;

@@ -22,10 +22,33 @@ namespace {
 template <class T>
 constexpr T infinity = std::numeric_limits<T>::infinity();
 
+/// What queries see of the keys: those complete at their token, of these the last of the window.
+class Sight {
+ public:
+  explicit Sight(const BlockSet& blocks)
+      : keys_(blocks.keys), block_(blocks.block), window_(blocks.window) {}
+
+  /// Keys up to a token. The first of them that are seen, and the first block with such.
+  int64_t end(int64_t token) const { return keys_.within(token + 1); }
+  int64_t begin(int64_t end) const { return window_ > 0 ? std::max<int64_t>(0, end - window_) : 0; }
+  int64_t first_block(int64_t token) const { return begin(end(token)) / block_; }
+
+  /// The tokens [first, last) that see something of block c.
+  int64_t first_token(int64_t c) const { return keys_.end(c * block_); }
+  int64_t last_token(int64_t c) const {
+    return window_ > 0 ? keys_.end((c + 1) * block_ + window_ - 1)
+                       : std::numeric_limits<int64_t>::max();
+  }
+
+ private:
+  Runs keys_;
+  int64_t block_, window_;
+};
+
 /// Queries of a tile that attend one block, as offsets into the tile.
 class Picker {
  public:
-  Picker(const BlockSet& blocks, const AttentionShape& s) : s_(s), block_(blocks.block) {
+  Picker(const BlockSet& blocks, const AttentionShape& s) : s_(s), sight_(blocks) {
     if (!blocks.mask) return;
     mask_ = blocks.mask.ptr<uint64_t>();
     words_ = blocks.mask[3];
@@ -34,20 +57,21 @@ class Picker {
   void pick(int64_t b, int64_t r, int64_t first, int64_t count, int64_t c,
             std::vector<int32_t>& picked) const {
     picked.clear();
-    const int64_t begin = std::max<int64_t>(0, c * block_ - first);  // causality
+    const int64_t begin = std::max<int64_t>(0, sight_.first_token(c) - first);
+    const int64_t end = std::min(first + count, sight_.last_token(c)) - first;
     if (!mask_) {
-      for (int64_t i = begin; i < count; ++i) picked.push_back(static_cast<int32_t>(i));
+      for (int64_t i = begin; i < end; ++i) picked.push_back(static_cast<int32_t>(i));
       return;
     }
     const uint64_t* word = mask_ + ((b * s_.Hkv + r) * s_.N + first) * words_ + c / 64;
-    for (int64_t i = begin; i < count; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       if (word[i * words_] >> (c % 64) & 1) picked.push_back(static_cast<int32_t>(i));
     }
   }
 
  private:
   AttentionShape s_;
-  int64_t block_;
+  Sight sight_;
   const uint64_t* mask_ = nullptr;
   int64_t words_ = 0;
 };
@@ -95,11 +119,11 @@ void load_tile(const HeadView<T>& x, const AttentionShape& s, int64_t b, int64_t
 
 template <class T>
 void store_tile(const T* tile, const AttentionShape& s, int64_t b, int64_t r, int64_t first,
-                int64_t count, T scale, const HeadView<T>& x) {
+                int64_t count, T scale, bool add, const HeadView<T>& x) {
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t h = 0; h < s.g; ++h, tile += s.D) {
       T* to = x.at(b, r * s.g + h, first + i);
-      for (int64_t d = 0; d < s.D; ++d) to[d] = tile[d] * scale;
+      for (int64_t d = 0; d < s.D; ++d) to[d] = (add ? to[d] : T{0}) + tile[d] * scale;
     }
   }
 }
@@ -109,6 +133,7 @@ void store_tile(const T* tile, const AttentionShape& s, int64_t b, int64_t r, in
 template <class T>
 struct Scratch {
   std::vector<int32_t> picked;
+  std::vector<int64_t> seen;      // keys up to each query of the tile
   std::vector<T> q, o, dout, dq;  // tiles
   std::vector<T> row_max, row_sum, delta;
   std::vector<T> gathered_q, gathered_o, s, ds, partial, correction;
@@ -117,10 +142,11 @@ struct Scratch {
     const auto tile_rows = static_cast<size_t>(shape.tile() * shape.g);
     const auto rows = static_cast<size_t>(queries * shape.g);
     const auto D = static_cast<size_t>(shape.D), width = static_cast<size_t>(block);
-    auto grow = [](std::vector<T>& v, size_t n) {
+    auto grow = [](auto& v, size_t n) {
       if (v.size() < n) v.resize(n);
     };
     picked.reserve(static_cast<size_t>(shape.tile()));
+    grow(seen, static_cast<size_t>(shape.tile()));
     grow(q, tile_rows * D);
     grow(o, tile_rows * D);
     grow(row_max, tile_rows);
@@ -150,10 +176,11 @@ int64_t batch_of(const AttentionShape& s) {
 template <class T>
 void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
              Tensor keys, Tensor read) {
-  const AttentionShape s(q.shape, k.shape);
+  const AttentionShape s(q.shape, k.shape, blocks.keys);
   const HeadView<T> qv(q), vv(v), ov(o);
-  const int64_t block = blocks.block, M = (s.N + block - 1) / block, batch = batch_of(s);
+  const int64_t block = blocks.block, M = (s.keys + block - 1) / block, batch = batch_of(s);
   const T scale = T{1} / std::sqrt(static_cast<T>(s.D));
+  const Sight sight(blocks);
   const Picker picker(blocks, s);
   const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
   T* log_sums = lse.ptr<T>();
@@ -173,11 +200,12 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
         std::fill_n(w.o.begin(), rows * s.D, T{0});
         std::fill_n(w.row_max.begin(), rows, -infinity<T>);
         std::fill_n(w.row_sum.begin(), rows, T{0});
+        for (int64_t i = 0; i < count; ++i) w.seen[i] = sight.end(first + i);
         double pairs = 0, visits = 0;
 
-        for (int64_t c = 0; c * block < first + count; ++c) {
-          const int64_t width = std::min(block, s.N - c * block);
-          const T* kt_block = kt + ((b * s.Hkv + r) * s.N + c * block) * s.D;
+        for (int64_t c = sight.first_block(first); c * block < w.seen[count - 1]; ++c) {
+          const int64_t width = std::min(block, s.keys - c * block);
+          const T* kt_block = kt + ((b * s.Hkv + r) * s.keys + c * block) * s.D;
           picker.pick(b, r, first, count, c, w.picked);
           visits += static_cast<double>(w.picked.size());
           for (size_t at = 0; at < w.picked.size(); at += static_cast<size_t>(batch)) {
@@ -188,25 +216,28 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
                        width);
             for (int64_t i = 0; i < n; ++i) {
               const int64_t token = first + picked[i];
-              const int64_t visible = std::min(width, token - c * block + 1);
+              const int64_t seen = w.seen[picked[i]];
+              const int64_t begin = std::max<int64_t>(0, sight.begin(seen) - c * block);
+              const int64_t end = std::min(width, seen - c * block);
               const T shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : T{0};
-              pairs += static_cast<double>(visible);
+              pairs += static_cast<double>(end - begin);
               for (int64_t h = 0; h < s.g; ++h) {
                 T* p = w.s.data() + (i * s.g + h) * width;
                 const int64_t at_row = picked[i] * s.g + h;
                 T top = -infinity<T>;
 #pragma omp simd reduction(max : top)
-                for (int64_t j = 0; j < visible; ++j) top = std::max(top, p[j]);
+                for (int64_t j = begin; j < end; ++j) top = std::max(top, p[j]);
                 const T old_max = w.row_max[at_row];
                 const T new_max = std::max(old_max, top + shift);
                 const T offset = shift - new_max;
                 T sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (int64_t j = 0; j < visible; ++j) {
+                for (int64_t j = begin; j < end; ++j) {
                   p[j] = fast_exp(p[j] + offset);
                   sum += p[j];
                 }
-                std::fill(p + visible, p + width, T{0});
+                std::fill(p, p + begin, T{0});
+                std::fill(p + end, p + width, T{0});
                 const T correction = fast_exp(old_max - new_max);
                 w.correction[i * s.g + h] = correction;
                 w.row_sum[at_row] = w.row_sum[at_row] * correction + sum;
@@ -232,7 +263,7 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
           log_sums[(b * s.Hq + r * s.g + i % s.g) * s.N + first + i / s.g] =
               sum == 0 ? infinity<T> : w.row_max[i] + std::log(sum);
         }
-        store_tile<T>(w.o.data(), s, b, r, first, count, 1, ov);
+        store_tile<T>(w.o.data(), s, b, r, first, count, 1, false, ov);
         if (read) {
           double* fields = read.ptr<double>() + r * read_fields;
 #pragma omp atomic
@@ -252,19 +283,20 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
 
 template <class T>
 void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
-              const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
-              Tensor scratch) {
-  const AttentionShape s(q.shape, k.shape);
+              const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor scratch,
+              bool add_dq) {
+  const AttentionShape s(q.shape, k.shape, blocks.keys);
   const HeadView<T> qv(q), kv(k), ov(o), dov(dout), dqv(dq), dkv(dk), dvv(dv);
-  const int64_t block = blocks.block, M = (s.N + block - 1) / block, batch = batch_of(s);
-  const int64_t size = k.numel(), per_head = s.N * s.D, parts = s.parts();
+  const int64_t block = blocks.block, M = (s.keys + block - 1) / block, batch = batch_of(s);
+  const int64_t size = k.numel(), per_head = s.keys * s.D, parts = s.parts();
   const T scale = T{1} / std::sqrt(static_cast<T>(s.D));
+  const Sight sight(blocks);
   const Picker picker(blocks, s);
   const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
   const T* log_sums = lse.ptr<T>();
   T* kt = scratch.ptr<T>();
   T* vt = kt + size;
-  T* sums = vt + size;  // [B, Hkv, parts, 2, N, D]
+  T* sums = vt + size;  // [B, Hkv, parts, 2, keys, D]
   transpose_blocks(k, block, kt);
   transpose_blocks(v, block, vt);
 
@@ -286,6 +318,7 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
           load_tile<T>(ov, s, b, r, first, count, 1, w.o.data());
           load_tile<T>(dov, s, b, r, first, count, 1, w.dout.data());
           std::fill_n(w.dq.begin(), rows * s.D, T{0});
+          for (int64_t i = 0; i < count; ++i) w.seen[i] = sight.end(first + i);
           for (int64_t i = 0; i < rows; ++i) {
             T dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -295,9 +328,9 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
           T* dbias_tile = dbias ? dbias.ptr<T>() + ((b * s.Hkv + r) * s.N + first) * M : nullptr;
           if (dbias_tile) std::fill_n(dbias_tile, count * M, T{0});
 
-          for (int64_t c = 0; c * block < first + count; ++c) {
-            const int64_t width = std::min(block, s.N - c * block);
-            const int64_t offset = ((b * s.Hkv + r) * s.N + c * block) * s.D;
+          for (int64_t c = sight.first_block(first); c * block < w.seen[count - 1]; ++c) {
+            const int64_t width = std::min(block, s.keys - c * block);
+            const int64_t offset = ((b * s.Hkv + r) * s.keys + c * block) * s.D;
             picker.pick(b, r, first, count, c, w.picked);
             for (size_t at = 0; at < w.picked.size(); at += static_cast<size_t>(batch)) {
               const int32_t* picked = w.picked.data() + at;
@@ -310,7 +343,9 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
                          width);
               for (int64_t i = 0; i < n; ++i) {
                 const int64_t token = first + picked[i];
-                const int64_t visible = std::min(width, token - c * block + 1);
+                const int64_t seen = w.seen[picked[i]];
+                const int64_t begin = std::max<int64_t>(0, sight.begin(seen) - c * block);
+                const int64_t end = std::min(width, seen - c * block);
                 const T shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : T{0};
                 T block_sum = 0;
                 for (int64_t h = 0; h < s.g; ++h) {
@@ -320,13 +355,15 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
                   const T delta = w.delta[picked[i] * s.g + h];
                   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-                  for (int64_t j = 0; j < visible; ++j) {
+                  for (int64_t j = begin; j < end; ++j) {
                     p[j] = fast_exp(p[j] + lse_shift);
                     ds[j] = p[j] * (ds[j] - delta);
                     sum += ds[j];
                   }
-                  std::fill(p + visible, p + width, T{0});
-                  std::fill(ds + visible, ds + width, T{0});
+                  for (T* x : {p, ds}) {
+                    std::fill(x, x + begin, T{0});
+                    std::fill(x + end, x + width, T{0});
+                  }
                   block_sum += sum;
                 }
                 if (dbias_tile) dbias_tile[picked[i] * M + c] = block_sum;
@@ -343,7 +380,7 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
               }
             }
           }
-          store_tile<T>(w.dq.data(), s, b, r, first, count, scale, dqv);
+          store_tile<T>(w.dq.data(), s, b, r, first, count, scale, add_dq, dqv);
         }
       }
     }
@@ -352,7 +389,7 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
 #pragma omp parallel for collapse(3) schedule(static)
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t r = 0; r < s.Hkv; ++r) {
-      for (int64_t i = 0; i < s.N; ++i) {
+      for (int64_t i = 0; i < s.keys; ++i) {
         const T* part = sums + (b * s.Hkv + r) * parts * 2 * per_head + i * s.D;
         T* dk_row = dkv.at(b, r, i);
         T* dv_row = dvv.at(b, r, i);
@@ -381,10 +418,10 @@ void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSe
 template <>
 void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout,
                                               Tensor lse, const BlockSet& blocks, Tensor dq,
-                                              Tensor dk, Tensor dv, Tensor dbias,
-                                              Tensor scratch) const {
+                                              Tensor dk, Tensor dv, Tensor dbias, Tensor scratch,
+                                              bool add_dq) const {
   by_type(q, [&]<class T>(T) {
-    backward<T>(q, k, v, o, dout, lse, blocks, dq, dk, dv, dbias, scratch);
+    backward<T>(q, k, v, o, dout, lse, blocks, dq, dk, dv, dbias, scratch, add_dq);
   });
 }
 

@@ -21,8 +21,8 @@ struct ScoreTile {
   }
 
   /// z = scale q . key for the g heads of queries [first, first + count) of kv head r.
-  template <class T>
-  void load(const HeadView<T>& q, const double* keys, int64_t keys_count, double scale,
+  template <class T, class K>
+  void load(const HeadView<T>& q, const K* keys, int64_t keys_count, double scale,
             const AttentionShape& s, int64_t b, int64_t r, int64_t first, int64_t count) {
     width = keys_count;
     step = (width + lanes - 1) / lanes * lanes;

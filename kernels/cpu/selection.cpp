@@ -1,5 +1,5 @@
-// InfLLM-V2's choice of blocks (arXiv 2509.24663): softmax over pooled windows of keys, summed over
-// the group's heads, gives each block the score of the best window that overlaps it; forced blocks
+// The choice of blocks of InfLLM-V2 (arXiv 2509.24663) and NSA (arXiv 2502.11089): softmax over
+// pooled or compressed windows of keys, summed over the group's heads, scores blocks; forced blocks
 // and the best-scored are attended. No gradient passes through the choice.
 #include <algorithm>
 #include <cmath>
@@ -38,18 +38,39 @@ struct WindowTile : ScoreTile {
     }
   }
 
-  /// scores [blocks]: the largest weight of the visible windows that overlap a block, or 0. A NaN
-  /// weight counts as 0, so that the choice is always made among numbers.
+  /// scores [blocks], 0 or more. A NaN counts as 0, so that the choice is always made among
+  /// numbers.
   void score(const BlockSelection& selection, int64_t blocks, int64_t visible) {
     for (int64_t c = 0; c < blocks; ++c) {
-      const int64_t begin = c * selection.block, end = begin + selection.block;
-      const int64_t before = begin - selection.length;  // windows that start here or earlier end
-                                                        // before the block
-      int64_t m = before < 0 ? 0 : before / selection.stride + 1;
-      double best = 0;
-      for (; m < visible && m * selection.stride < end; ++m) best = std::max(best, weights[m]);
-      scores[c] = best;
+      scores[c] = selection.score == BlockScore::best ? best(selection, c, visible)
+                                                      : sum(selection, c, visible);
     }
+  }
+
+  /// The largest weight of the visible windows that overlap block c, or 0.
+  double best(const BlockSelection& selection, int64_t c, int64_t visible) const {
+    const int64_t begin = c * selection.block, end = begin + selection.block;
+    const int64_t before = begin - selection.length;  // windows that start here or earlier end
+                                                      // before the block
+    int64_t m = before < 0 ? 0 : before / selection.stride + 1;
+    double best = 0;
+    for (; m < visible && m * selection.stride < end; ++m) best = std::max(best, weights[m]);
+    return best;
+  }
+
+  /// sum over m < block/stride and n < length/stride of weight (block/stride) c + m - n: with a
+  /// block and a window of whole strides, each window counts once for each stride they share.
+  double sum(const BlockSelection& selection, int64_t c, int64_t visible) const {
+    const int64_t in_block = selection.block / selection.stride;
+    const int64_t in_window = selection.length / selection.stride;
+    const int64_t begin = in_block * c - in_window + 1;
+    const int64_t end = std::min(visible, in_block * (c + 1));
+    double sum = 0;
+    for (int64_t x = std::max<int64_t>(0, begin); x < end; ++x) {
+      const int64_t shared = std::min({x - begin + 1, in_block * (c + 1) - x, in_block, in_window});
+      sum += static_cast<double>(shared) * weights[x];
+    }
+    return sum >= 0 ? sum : 0;
   }
 
   /// Sets the bits of the chosen blocks among those up to `own`, the query's block.
@@ -83,69 +104,71 @@ struct WindowTile : ScoreTile {
 
 thread_local WindowTile tile_of_thread;
 
-}  // namespace
-
-template <>
-void Kernels<Device::cpu>::pool_windows(Tensor k, const BlockSelection& selection,
-                                        Tensor pooled) const {
-  by_type(k, [&]<class T>(T) {
-    const HeadView<T> kv(k);
-    const int64_t B = k[0], H = k[1], D = k[3], W = selection.windows(k[2]);
-    const double scale = 1 / static_cast<double>(selection.length);
-#pragma omp parallel for collapse(3) schedule(static)
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t r = 0; r < H; ++r) {
-        for (int64_t m = 0; m < W; ++m) {
-          double* mean = pooled.ptr<double>() + ((b * H + r) * W + m) * D;
-          const T* keys = kv.at(b, r, m * selection.stride);
-          std::fill_n(mean, D, 0.0);
-          for (int64_t t = 0; t < selection.length; ++t) {
-            for (int64_t d = 0; d < D; ++d) mean[d] += keys[t * kv.token_step + d];
-          }
-          for (int64_t d = 0; d < D; ++d) mean[d] *= scale;
+template <class T, class K>
+void select(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask, Tensor read) {
+  const AttentionShape s(q.shape, keys.shape, selection.runs());
+  const HeadView<T> qv(q);
+  const int64_t W = s.keys, words = mask[3];
+  const double scale = 1 / std::sqrt(static_cast<double>(s.D));
+#pragma omp parallel
+  tile_of_thread.reserve(s, W, (s.N + selection.block - 1) / selection.block);
+#pragma omp parallel for collapse(3) schedule(dynamic)
+  for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
+    for (int64_t b = 0; b < s.B; ++b) {
+      for (int64_t r = 0; r < s.Hkv; ++r) {
+        WindowTile& tile = tile_of_thread;
+        const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
+        tile.load(qv, keys.ptr<K>() + (b * s.Hkv + r) * W * s.D, selection.windows(first + count),
+                  scale, s, b, r, first, count);
+        double entries = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t token = first + i, own = token / selection.block;
+          const int64_t visible = selection.windows(token + 1);
+          uint64_t* bits = mask.ptr<uint64_t>() + ((b * s.Hkv + r) * s.N + token) * words;
+          std::fill_n(bits, words, 0);
+          tile.weigh(s.g, i, visible);
+          tile.score(selection, own + 1, visible);
+          tile.choose(selection, own, bits);
+          entries += static_cast<double>(visible);
+        }
+        if (read) {
+#pragma omp atomic
+          read.ptr<double>()[r * read_fields + read_router] += entries;
         }
       }
     }
+  }
+}
+
+}  // namespace
+
+template <>
+void Kernels<Device::cpu>::select_blocks(Tensor q, Tensor keys, const BlockSelection& selection,
+                                         Tensor mask, Tensor read) const {
+  by_type(q, [&]<class T>(T) {
+    by_type(keys, [&]<class K>(K) { select<T, K>(q, keys, selection, mask, read); });
   });
 }
 
 template <>
-void Kernels<Device::cpu>::select_blocks(Tensor q, Tensor pooled, const BlockSelection& selection,
-                                         Tensor mask, Tensor read) const {
-  by_type(q, [&]<class T>(T) {
-    const AttentionShape s(q.shape, {q[0], pooled[1], q[2], q[3]});
-    const HeadView<T> qv(q);
-    const int64_t W = pooled[2], words = mask[3];
-    const double scale = 1 / std::sqrt(static_cast<double>(s.D));
-#pragma omp parallel
-    tile_of_thread.reserve(s, W, (s.N + selection.block - 1) / selection.block);
-#pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
-      for (int64_t b = 0; b < s.B; ++b) {
-        for (int64_t r = 0; r < s.Hkv; ++r) {
-          WindowTile& tile = tile_of_thread;
-          const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
-          tile.load(qv, pooled.ptr<double>() + (b * s.Hkv + r) * W * s.D,
-                    selection.windows(first + count), scale, s, b, r, first, count);
-          double entries = 0;
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t token = first + i, own = token / selection.block;
-            const int64_t visible = selection.windows(token + 1);
-            uint64_t* bits = mask.ptr<uint64_t>() + ((b * s.Hkv + r) * s.N + token) * words;
-            std::fill_n(bits, words, 0);
-            tile.weigh(s.g, i, visible);
-            tile.score(selection, own + 1, visible);
-            tile.choose(selection, own, bits);
-            entries += static_cast<double>(visible);
-          }
-          if (read) {
-#pragma omp atomic
-            read.ptr<double>()[r * read_fields + read_router] += entries;
-          }
+void Kernels<Device::cpu>::read_window(const BlockSet& blocks, int64_t window, Tensor read) const {
+  const Tensor& mask = blocks.mask;
+  const int64_t B = mask[0], H = mask[1], N = mask[2], words = mask[3];
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < H; ++r) {
+    int64_t pairs = 0;
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t i = 0; i < N; ++i) {
+        const uint64_t* bits = mask.ptr<uint64_t>() + ((b * H + r) * N + i) * words;
+        for (int64_t end = i + 1, begin = std::max<int64_t>(0, end - window); begin < end;) {
+          const int64_t c = begin / blocks.block, next = std::min(end, (c + 1) * blocks.block);
+          if (!(bits[c / 64] >> (c % 64) & 1)) pairs += next - begin;
+          begin = next;
         }
       }
     }
-  });
+    read.ptr<double>()[r * read_fields + read_pairs] += static_cast<double>(pairs);
+  }
 }
 
 }  // namespace entrain

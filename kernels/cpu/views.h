@@ -24,11 +24,18 @@ struct HeadView {
 };
 
 struct AttentionShape {
-  int64_t B, Hq, Hkv, N, D, g;
+  int64_t B, Hq, Hkv, N, D, g, keys;
 
-  AttentionShape(const Shape& q, const Shape& k)
-      : B(q[0]), Hq(q[1]), Hkv(k[1]), N(q[2]), D(q[3]), g(Hkv > 0 ? Hq / Hkv : 0) {
-    require(q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == N && k[3] == D && g * Hkv == Hq,
+  /// runs: what keys stand for.
+  AttentionShape(const Shape& q, const Shape& k, Runs runs = {})
+      : B(q[0]),
+        Hq(q[1]),
+        Hkv(k[1]),
+        N(q[2]),
+        D(q[3]),
+        g(Hkv > 0 ? Hq / Hkv : 0),
+        keys(runs.within(N)) {
+    require(q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == keys && k[3] == D && g * Hkv == Hq,
             "attention of queries {} over keys {}", q.to_string(), k.to_string());
   }
   /// Queries handled together: about 512 (query, head) rows.

@@ -32,7 +32,7 @@ class InfLlmV2Attention : public AttentionMethod {
 
     const Tensor pooled = tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
     tape.record("selection", {}, {}, [=, read = in.read] {
-      kernels.pool_windows(k.value, selection, pooled);
+      kernels.pool_runs(k.value, selection.runs(), pooled);
       kernels.select_blocks(q.value, pooled, selection, blocks.mask, read);
     });
 

@@ -150,7 +150,7 @@ void run_infllmv2(Case& c) {
   const Tensor pooled = c.make({B, Hkv, selection.windows(N), D}, DType::f64);
   const BlockSet blocks{
       .block = selection.block, .mask = c.make({B, Hkv, N, (M + 63) / 64}, DType::u64), .bias = {}};
-  kernels.pool_windows(a.k, selection, pooled);
+  kernels.pool_runs(a.k, selection.runs(), pooled);
   kernels.select_blocks(a.q, pooled, selection, blocks.mask, a.read);
   kernels.attention(a.q, a.k, a.v, blocks, a.o, a.lse, a.keys, a.read);
 

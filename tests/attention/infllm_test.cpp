@@ -54,7 +54,7 @@ std::vector<uint64_t> choose(const Dims& n, const BlockSelection& s, const Input
   const int64_t words = (blocks_of(n, s) + 63) / 64;
   std::vector<uint64_t> mask(static_cast<size_t>(n.B * n.Hkv * n.N * words), ~uint64_t{0});
   const Array pooled({n.B, n.Hkv, s.windows(n.N), n.D}), read({n.Hkv, read_fields});
-  kernels.pool_windows(in.k.tensor, s, pooled.tensor);
+  kernels.pool_runs(in.k.tensor, s.runs(), pooled.tensor);
   kernels.select_blocks(in.q.tensor, pooled.tensor, s,
                         Tensor::of(mask.data(), {n.B, n.Hkv, n.N, words}, DType::u64), read.tensor);
   for (int64_t r = 0; reads && r < n.Hkv; ++r) {
