@@ -26,8 +26,8 @@ struct Runs {
 /// Which blocks of keys each query attends, besides causality, and with what bias on their logits.
 struct BlockSet {
   int64_t block = 64;  // keys in a block
-  Tensor mask;         // u64 [B, Hkv, N, ceil(M / 64)], bit c: block c; empty: every block
-  Tensor bias;         // f32 [B, Hkv, N, M]; empty: 0
+  Tensor mask = {};    // u64 [B, Hkv, N, ceil(M / 64)], bit c: block c; empty: every block
+  Tensor bias = {};    // f32 [B, Hkv, N, M]; empty: 0
   int64_t window = 0;  // > 0: only the last `window` keys up to the query, exactly
   Runs keys = {};      // what a key stands for; a query sees it once it is complete
 };

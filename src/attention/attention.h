@@ -11,20 +11,37 @@
 
 namespace entrain {
 
+struct HeadShape {
+  int64_t n_head, n_kv_head, head_dim;
+};
+
+/// A linear map of the layer's normalised input beside q_proj, k_proj and v_proj, in one product
+/// with them.
+struct Projection {
+  std::string name;  // within "model.layers.{i}.self_attn."
+  int64_t heads, width;
+  bool rotary = false;  // rotary positions are applied; width is head_dim
+  Adopt adopt;          // `like` names another within self_attn
+};
+
 /// What a layer hands to its attention. q [B, Hq, N, D], k and v [B, Hkv, N, D] are views into one
 /// packed projection, rotary positions applied; gradients likewise, each written once.
 struct AttentionInput {
   Var q, k, v;
-  std::vector<Var> params;  // those that params() asked for, in order
-  Tensor read;              // f64 [Hkv, read_fields], see ReadField
+  std::vector<Var> projected;  // those of projections(), in order: views [B, heads, N, width]
+  std::vector<Var> params;     // those that params() asked for, in order
+  Tensor read;                 // f64 [Hkv, read_fields], see ReadField
 };
 
 class AttentionMethod {
  public:
   virtual ~AttentionMethod() = default;
 
+  /// What the method wants projected from the layer's input beside q, k and v.
+  virtual std::vector<Projection> projections(const HeadShape&) const { return {}; }
+
   /// Parameters that one layer adds, named within "model.layers.{i}.self_attn.".
-  virtual std::vector<ParamSpec> params(int64_t n_kv_head, int64_t head_dim) const = 0;
+  virtual std::vector<ParamSpec> params(const HeadShape&) const { return {}; }
 
   /// Records attention; o [B, Hq, N, D] views the layer's output, which forward writes and whose
   /// gradient backward reads.

@@ -22,8 +22,8 @@ class DashAttention : public AttentionMethod {
   DashAttention& operator=(const DashAttention&) = delete;
 
   /// The authors' release stores the summary queries flat, and starts them at 0: mean pooling.
-  std::vector<ParamSpec> params(int64_t n_kv_head, int64_t head_dim) const override {
-    return {{.name = "indexer_q", .shape = {n_kv_head * head_dim}, .decay = false}};
+  std::vector<ParamSpec> params(const HeadShape& s) const override {
+    return {{.name = "indexer_q", .shape = {s.n_kv_head * s.head_dim}, .decay = false}};
   }
 
   double* gamma() override { return &gamma_; }

@@ -6,8 +6,6 @@ namespace {
 
 class FullAttention : public AttentionMethod {
  public:
-  std::vector<ParamSpec> params(int64_t, int64_t) const override { return {}; }
-
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const Var q = in.q, k = in.k, v = in.v;

@@ -16,8 +16,6 @@ class InfLlmV2Attention : public AttentionMethod {
                    .length = c.l,
                    .stride = c.d} {}
 
-  std::vector<ParamSpec> params(int64_t, int64_t) const override { return {}; }
-
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const BlockSelection selection = selection_;

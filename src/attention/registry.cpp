@@ -13,6 +13,7 @@ struct Method {
 constexpr Method methods[] = {
     {"full", make_full_attention},
     {"dash", make_dash_attention},
+    {"nsa", make_nsa_attention},
     {"infllmv2", make_infllmv2_attention},
 };
 

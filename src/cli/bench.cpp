@@ -133,8 +133,9 @@ class Layer {
                         part(qkv, s.n_head, s.n_kv_head),
                         part(qkv, s.n_head + s.n_kv_head, s.n_kv_head),
                         {},
+                        {},
                         read_};
-      for (const ParamSpec& spec : method_->params(s.n_kv_head, D)) {
+      for (const ParamSpec& spec : method_->params({s.n_head, s.n_kv_head, D})) {
         in.params.push_back(tape_->var(spec.shape));
       }
       method_->record(*tape_, in, part(o, 0, s.n_head));

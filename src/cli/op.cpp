@@ -11,11 +11,9 @@
 namespace entrain::cli {
 namespace {
 
-const std::map<std::string, void (*)(Case&)> operations = {{"entmax", run_entmax},
-                                                           {"full", run_full},
-                                                           {"dash", run_dash},
-                                                           {"infllmv2", run_infllmv2},
-                                                           {"model", run_model}};
+const std::map<std::string, void (*)(Case&)> operations = {
+    {"entmax", run_entmax}, {"full", run_full},         {"dash", run_dash},
+    {"nsa", run_nsa},       {"infllmv2", run_infllmv2}, {"model", run_model}};
 
 struct Options {
   std::string operation, in, out, device = "cpu", dtype = "f64";
@@ -53,7 +51,7 @@ void add_op(CLI::App& app) {
   std::vector<std::string> names;
   names.reserve(operations.size());
   for (const auto& [name, f] : operations) names.push_back(name);
-  op->add_option("operation", options->operation, "entmax, full, dash, infllmv2 or model")
+  op->add_option("operation", options->operation, "entmax, full, dash, nsa, infllmv2 or model")
       ->required()
       ->check(CLI::IsMember(names));
   op->add_option("--in", options->in, "groups with in/* tensors and parameters as attributes")

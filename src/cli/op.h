@@ -6,6 +6,7 @@
 
 #include "core/arena.h"
 #include "core/h5.h"
+#include "kernels/kernels.h"
 
 namespace entrain::cli {
 
@@ -20,11 +21,11 @@ class Case {
   bool has(const std::string& name) const { return in_.has(group_ + "/in/" + name); }
   std::vector<std::string> inputs() const { return in_.datasets(group_ + "/in"); }
 
-  Tensor input(const std::string& name, DType dtype, int rank) {
+  Tensor input(const std::string& name, DType dtype, int rank, bool may_be_empty = false) {
     const std::string path = group_ + "/in/" + name;
     require(in_.has(path), "{}: case {} has no input in/{}", in_.path(), group_, name);
     const Shape shape = in_.shape(path);
-    require(shape.rank == rank && shape.numel() > 0,
+    require(shape.rank == rank && (shape.numel() > 0 || may_be_empty),
             "{}: {} has shape {}; {} dimensions are needed", in_.path(), path, shape.to_string(),
             rank);
     const Tensor t = make(shape, dtype);
@@ -66,10 +67,18 @@ class Case {
   std::map<std::string, Tensor> results_;
 };
 
+/// The attributes block, topk, init_blocks, local_blocks, l and d, otherwise the papers' values.
+BlockSelection read_selection(const Case& c);
+/// out/selected: which of M blocks each query of mask [B, Hkv, N, words] attends.
+void write_selected(Case& c, Tensor mask, int64_t M);
+/// out/density, of what a forward pass read.
+void write_density(Case& c, Tensor read);
+
 // The operations; each throws Error where the case does not fit.
 void run_entmax(Case& c);
 void run_full(Case& c);
 void run_dash(Case& c);
+void run_nsa(Case& c);
 void run_infllmv2(Case& c);
 void run_model(Case& c);
 

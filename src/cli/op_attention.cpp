@@ -34,16 +34,6 @@ struct Attention {
     scratch = c.make({kernels.attention_backward_scratch(q.shape, k.shape)});
   }
 
-  /// out/density, of what the forward pass read.
-  void density(Case& c) const {
-    double pairs = 0, causal = 0;
-    for (int64_t r = 0; r < k[1]; ++r) {
-      pairs += read.ptr<double>()[r * read_fields + read_pairs];
-      causal += read.ptr<double>()[r * read_fields + read_causal];
-    }
-    c.result("out/density", {1}, DType::f64).ptr<double>()[0] = pairs / causal;
-  }
-
   Tensor q, k, v, o, lse, keys, read, dout, dq, dk, dv, scratch;
 };
 
@@ -115,7 +105,7 @@ void run_dash(Case& c) {
           std::popcount(blocks.mask.ptr<uint64_t>()[i * blocks.mask[3] + word]);
     }
   }
-  a.density(c);
+  write_density(c, a.read);
   if (!a.dout) return;
 
   const Tensor dbias = c.make(blocks.bias.shape), dkbar = c.make(kbar.shape, DType::f64);
@@ -130,21 +120,7 @@ void run_dash(Case& c) {
 
 void run_infllmv2(Case& c) {
   const Attention a(c);
-  auto whole = [&](const char* name, int64_t otherwise) {
-    return static_cast<int64_t>(c.parameter(name, static_cast<double>(otherwise)));
-  };
-  const BlockSelection paper;
-  const BlockSelection selection{.block = whole("block", paper.block),
-                                 .topk = whole("topk", paper.topk),
-                                 .init_blocks = whole("init_blocks", paper.init_blocks),
-                                 .local_blocks = whole("local_blocks", paper.local_blocks),
-                                 .length = whole("l", paper.length),
-                                 .stride = whole("d", paper.stride)};
-  require(selection.block > 0 && selection.topk > 0 && selection.length > 0 &&
-              selection.stride > 0 && selection.init_blocks >= 0 && selection.local_blocks >= 0,
-          "{}: block, topk, l and d must be positive, init_blocks and local_blocks not negative",
-          c.where());
-
+  const BlockSelection selection = read_selection(c);
   const int64_t B = a.q[0], N = a.q[2], D = a.q[3], Hkv = a.k[1];
   const int64_t M = (N + selection.block - 1) / selection.block;
   const Tensor pooled = c.make({B, Hkv, selection.windows(N), D}, DType::f64);
@@ -154,14 +130,8 @@ void run_infllmv2(Case& c) {
   kernels.select_blocks(a.q, pooled, selection, blocks.mask, a.read);
   kernels.attention(a.q, a.k, a.v, blocks, a.o, a.lse, a.keys, a.read);
 
-  const Tensor selected = c.result("out/selected", {B, Hkv, N, M}, DType::u8);
-  for (int64_t i = 0; i < B * Hkv * N; ++i) {
-    const uint64_t* words = blocks.mask.ptr<uint64_t>() + i * blocks.mask[3];
-    for (int64_t j = 0; j < M; ++j) {
-      selected.ptr<uint8_t>()[i * M + j] = words[j / 64] >> (j % 64) & 1;
-    }
-  }
-  a.density(c);
+  write_selected(c, blocks.mask, M);
+  write_density(c, a.read);
   if (!a.dout) return;
   kernels.attention_backward(a.q, a.k, a.v, a.o, a.dout, a.lse, blocks, a.dq, a.dk, a.dv, {},
                              a.scratch);

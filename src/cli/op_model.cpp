@@ -19,7 +19,7 @@ void run_model(Case& c) {
     return static_cast<int>(c.parameter(name, otherwise));
   };
   const std::string method = c.text("method");
-  const bool infllmv2 = method == "infllmv2";
+  const bool selects = method == "nsa" || method == "infllmv2";
   const int l = whole_or("l", 32);
   const AttentionConfig attention{.method = method,
                                   .chunk = whole_or("chunk", 64),
@@ -28,16 +28,19 @@ void run_model(Case& c) {
                                   .sigma = c.parameter("sigma", 1e6),
                                   .prior_eps = c.parameter("prior_eps", 0),
                                   .center = c.parameter("center", 1) != 0,
-                                  .init_blocks = whole_or("init_blocks", infllmv2 ? 1 : 0),
-                                  .local_blocks = whole_or("local_blocks", infllmv2 ? 2 : 1),
+                                  .init_blocks = whole_or("init_blocks", selects ? 1 : 0),
+                                  .local_blocks = whole_or("local_blocks", selects ? 2 : 1),
                                   .block = whole_or("block", 64),
                                   .topk = whole_or("topk", 16),
                                   .l = l,
                                   // The attribute d is the model's width; windows overlap by half.
-                                  .d = whole_or("stride", (l + 1) / 2)};
+                                  .d = whole_or("stride", (l + 1) / 2),
+                                  .window = whole_or("window", 512)};
   require(attention.chunk > 0 && attention.block > 0 && attention.topk > 0 && attention.l > 0 &&
-              attention.d > 0 && attention.init_blocks >= 0 && attention.local_blocks >= 0,
-          "{}: chunk, block, topk, l and stride must be positive, init_blocks and local_blocks not "
+              attention.d > 0 && attention.window > 0 && attention.init_blocks >= 0 &&
+              attention.local_blocks >= 0,
+          "{}: chunk, block, topk, l, stride and window must be positive, init_blocks and "
+          "local_blocks not "
           "negative",
           c.where());
   const ModelConfig model{.n_layer = whole("L"),

@@ -35,8 +35,8 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
     auto window = [&](const Tensor& t) {
       return t ? t.slice(0, at, n).view(spec.shape) : Tensor{};
     };
-    params_.push_back(
-        {spec.name, window(values_), window(grads_), window(m_), window(v_), spec.decay});
+    params_.push_back({spec.name, window(values_), window(grads_), window(m_), window(v_),
+                       spec.decay, spec.adopt});
     Rng rng(seed, hash(spec.name));
     auto fill = [&](auto* value) {
       for (int64_t i = 0; i < n; ++i) {
@@ -74,8 +74,8 @@ Param Params::packed(const std::string& first, int count) const {
   auto widen = [&](const Tensor& t) {
     return t ? Tensor::of(t.data, shape, t.dtype, t.device) : Tensor{};
   };
-  return {first,          widen(begin.value), widen(begin.grad),
-          widen(begin.m), widen(begin.v),     begin.decay};
+  return {first, widen(begin.value), widen(begin.grad), widen(begin.m), widen(begin.v), begin.decay,
+          {}};
 }
 
 }  // namespace entrain

@@ -2,6 +2,7 @@
 // All parameters of a model in four flat buffers (values, gradients, both moments), so that
 // clipping, AdamW and communication run over a few long vectors. A Param is a named window into
 // each.
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,12 +12,19 @@
 
 namespace entrain {
 
+/// How a parameter starts in a model that takes its others from a checkpoint without this one.
+struct Adopt {
+  std::string like;  // as this parameter of the checkpoint; if empty:
+  double value = 0;  // this everywhere
+};
+
 struct Param {
-  std::string name;   // Hugging Face's Llama name
-  Tensor value;       // f32
-  Tensor grad;        // accumulated with +=, cleared by the optimizer
-  Tensor m, v;        // AdamW's first and second moment
-  bool decay = true;  // weight decay applies
+  std::string name;            // Hugging Face's Llama name
+  Tensor value;                // f32
+  Tensor grad;                 // accumulated with +=, cleared by the optimizer
+  Tensor m, v;                 // AdamW's first and second moment
+  bool decay = true;           // weight decay applies
+  std::optional<Adopt> adopt;  // none: it starts as in any new model
 
   Var var() const { return {value, grad}; }
 };
@@ -28,6 +36,7 @@ struct ParamSpec {
   double init_std = 0.0;  // normal with this deviation
   double init_mean = 0.0;
   bool decay = true;
+  std::optional<Adopt> adopt = {};
 };
 
 class Params {

@@ -13,7 +13,9 @@ std::string layer_prefix(int64_t i) {
 
 /// Parameters of the decoder, in the order of the forward pass. Projections start as in GPT-2:
 /// normal 0.02, those that write to the residual stream smaller by sqrt(2 n_layer).
-std::vector<ParamSpec> decoder_params(const ModelConfig& c, const AttentionMethod& attention) {
+std::vector<ParamSpec> decoder_params(const ModelConfig& c,
+                                      const std::vector<Projection>& projections,
+                                      const std::vector<ParamSpec>& extra) {
   const double std = 0.02, out_std = std / std::sqrt(2.0 * c.n_layer);
   const int64_t d = c.d_model, D = c.head_dim, f = c.d_ff, q = c.n_head * D, kv = c.n_kv_head * D;
   auto matrix = [](std::string name, int64_t out, int64_t in, double deviation) {
@@ -29,9 +31,15 @@ std::vector<ParamSpec> decoder_params(const ModelConfig& c, const AttentionMetho
     specs.push_back(matrix(p + "self_attn.q_proj.weight", q, d, std));
     specs.push_back(matrix(p + "self_attn.k_proj.weight", kv, d, std));
     specs.push_back(matrix(p + "self_attn.v_proj.weight", kv, d, std));
-    for (ParamSpec extra : attention.params(c.n_kv_head, D)) {
-      extra.name = p + "self_attn." + extra.name;
-      specs.push_back(extra);
+    const std::string in_attention = p + "self_attn.";
+    for (const Projection& x : projections) {  // after v_proj: all are one product
+      specs.push_back(matrix(in_attention + x.name, x.heads * x.width, d, std));
+      specs.back().adopt = x.adopt;
+      if (!x.adopt.like.empty()) specs.back().adopt->like = in_attention + x.adopt.like;
+    }
+    for (const ParamSpec& x : extra) {
+      specs.push_back(x);
+      specs.back().name = in_attention + x.name;
     }
     specs.push_back(matrix(p + "self_attn.o_proj.weight", d, q, out_std));
     specs.push_back(norm(p + "post_attention_layernorm.weight", d));
@@ -44,18 +52,22 @@ std::vector<ParamSpec> decoder_params(const ModelConfig& c, const AttentionMetho
   return specs;
 }
 
-/// Heads [first, first + count) of x [B, N, width] as [B, count, N, head_dim].
-Tensor heads(Tensor x, int64_t first, int64_t count, int64_t head_dim) {
+/// Columns [first, first + count * width) of x [B, N, columns] as heads [B, count, N, width].
+Tensor heads(Tensor x, int64_t first, int64_t count, int64_t width) {
   if (!x) return x;
-  return x.slice(2, first * head_dim, count * head_dim).split(2, head_dim).transpose(1, 2);
+  return x.slice(2, first, count * width).split(2, width).transpose(1, 2);
 }
 
-Var heads(Var x, int64_t first, int64_t count, int64_t head_dim) {
-  return {heads(x.value, first, count, head_dim), heads(x.grad, first, count, head_dim)};
+Var heads(Var x, int64_t first, int64_t count, int64_t width) {
+  return {heads(x.value, first, count, width), heads(x.grad, first, count, width)};
 }
 
 Var view(Var x, Shape shape) {
   return {x.value.view(shape), x.grad ? x.grad.view(shape) : Tensor{}};
+}
+
+HeadShape heads_of(const ModelConfig& c) {
+  return {c.n_head, c.n_kv_head, c.head_dim};
 }
 
 }  // namespace
@@ -64,8 +76,10 @@ Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int
                  uint64_t seed, bool training, Device device, DType dtype)
     : config_(model),
       attention_(make_attention(attention)),
-      params_(decoder_params(model, *attention_), seed, training, device, dtype),
-      params_per_layer_(9 + attention_->params(model.n_kv_head, model.head_dim).size()) {
+      projections_(attention_->projections(heads_of(model))),
+      extra_(attention_->params(heads_of(model))),
+      params_(decoder_params(model, projections_, extra_), seed, training, device, dtype),
+      params_per_layer_(9 + projections_.size() + extra_.size()) {
   const Shape table{max_tokens, model.head_dim};
   rope_memory_ = Buffer(static_cast<size_t>(table.numel()) * size_of(dtype), device);
   cos_sin_ = Tensor::of(rope_memory_.data(), table, dtype, device);
@@ -79,22 +93,30 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
   const std::string p = layer_prefix(index);
   const int64_t Hq = config_.n_head, Hkv = config_.n_kv_head, D = config_.head_dim;
   auto weight = [&](const char* name) { return params_.get(p + name).var(); };
-  auto packed = [&](const char* first, int count) {
-    return params_.packed(p + first, count).var();
+  auto packed = [&](const char* first, size_t count) {
+    return params_.packed(p + first, static_cast<int>(count)).var();
   };
 
   Var h = ops::rmsnorm(tape, x, weight("input_layernorm.weight"), config_.norm_eps);
-  Var qkv = ops::linear(tape, h, packed("self_attn.q_proj.weight", 3));
-  qkv = view(qkv, {B, N, (Hq + 2 * Hkv) * D});
+  Var qkv = ops::linear(tape, h, packed("self_attn.q_proj.weight", 3 + projections_.size()));
+  qkv = view(qkv, {B, N, qkv.value[1]});
   AttentionInput in{.q = heads(qkv, 0, Hq, D),
-                    .k = heads(qkv, Hq, Hkv, D),
-                    .v = heads(qkv, Hq + Hkv, Hkv, D),
+                    .k = heads(qkv, Hq * D, Hkv, D),
+                    .v = heads(qkv, (Hq + Hkv) * D, Hkv, D),
+                    .projected = {},
                     .params = {},
                     .read = read_.slice(0, index, 1).view({Hkv, read_fields})};
-  for (const ParamSpec& spec : attention_->params(Hkv, D)) {
+  const Tensor cos_sin = cos_sin_.slice(0, 0, N);
+  ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin);
+  int64_t column = (Hq + 2 * Hkv) * D;
+  for (const Projection& x : projections_) {
+    in.projected.push_back(heads(qkv, column, x.heads, x.width));
+    if (x.rotary) ops::rope(tape, in.projected.back(), cos_sin);
+    column += x.heads * x.width;
+  }
+  for (const ParamSpec& spec : extra_) {
     in.params.push_back(weight(("self_attn." + spec.name).c_str()));
   }
-  ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin_.slice(0, 0, N));
   const Var o = tape.var({B * N, Hq * D});
   attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
   x = ops::residual(tape, x, ops::linear(tape, o, weight("self_attn.o_proj.weight")));

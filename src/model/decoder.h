@@ -43,6 +43,8 @@ class Decoder {
 
   ModelConfig config_;
   std::unique_ptr<AttentionMethod> attention_;
+  std::vector<Projection> projections_;  // the method's, of each layer
+  std::vector<ParamSpec> extra_;         // its other parameters
   Params params_;
   size_t params_per_layer_;
   Buffer rope_memory_, read_memory_;

@@ -237,15 +237,25 @@ Shared load_shared(const std::string& path, Params& params) {
   const h5::File file = h5::File::open(path);
   const CheckpointInfo info = read_info(file);
   Shared shared;
-  for (const Param& param : params.all()) {
-    const auto* saved = find(info, param.name);
-    if (!saved) {
-      shared.fresh.push_back(param.name);
-      continue;
-    }
+  const auto take = [&](const Param& param, const std::string& name) {
+    const auto* saved = find(info, name);
+    if (!saved) return false;
     require_same_shape(path, *saved, param);
-    read(file, "parameters/" + param.name, param.value);
-    shared.taken.push_back(param.name);
+    read(file, "parameters/" + name, param.value);
+    return true;
+  };
+  for (const Param& param : params.all()) {
+    if (take(param, param.name)) {
+      shared.taken.push_back(param.name);
+    } else if (param.adopt && param.adopt->like.empty()) {
+      std::fill_n(param.value.ptr<float>(), param.value.numel(),
+                  static_cast<float>(param.adopt->value));
+      shared.adopted.push_back(param.name);
+    } else if (param.adopt && take(param, param.adopt->like)) {
+      shared.adopted.push_back(param.name);
+    } else {
+      shared.fresh.push_back(param.name);
+    }
   }
   for (const auto& saved : info.parameters) {
     if (!has(params, saved.name)) shared.unused.push_back(saved.name);

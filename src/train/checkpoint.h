@@ -59,13 +59,14 @@ void verify_checkpoint(const std::string& path);
 CheckpointInfo load_checkpoint(const std::string& path, Params& params);
 
 struct Shared {
-  std::vector<std::string> taken;   // from the checkpoint
-  std::vector<std::string> fresh;   // only in params, left as they were
-  std::vector<std::string> unused;  // only in the checkpoint
+  std::vector<std::string> taken;    // from the checkpoint
+  std::vector<std::string> adopted;  // only in params, started as their method wants beside others
+  std::vector<std::string> fresh;    // only in params, left as they were
+  std::vector<std::string> unused;   // only in the checkpoint
 };
 
-/// Values of all parameters that both know, for train.init_from. Throws Error when one has another
-/// shape in the checkpoint, or is damaged.
+/// Values of all parameters that both know, for train.init_from; what only params has follows
+/// Param::adopt. Throws Error when one has another shape in the checkpoint, or is damaged.
 Shared load_shared(const std::string& path, Params& params);
 
 /// The newest checkpoint in a folder that verifies, with a warning for each newer one that does

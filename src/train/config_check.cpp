@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "attention/attention.h"
+#include "attention/compression.h"
 #include "train/config.h"
 
 namespace entrain {
@@ -109,10 +110,19 @@ void check_attention(const AttentionConfig& a) {
   at_least(1, "attention.l", a.l);
   at_least(1, "attention.d", a.d);
   const int64_t forced = int64_t{a.init_blocks} + a.local_blocks;
-  require_key(a.method != "infllmv2" || a.topk >= forced, "attention.topk",
+  const bool nsa = a.method == "nsa";
+  require_key(!(nsa || a.method == "infllmv2") || a.topk >= forced, "attention.topk",
               "{} is less than the forced blocks, attention.init_blocks {} and "
               "attention.local_blocks {}; take {} or more",
               a.topk, a.init_blocks, a.local_blocks, forced);
+  at_least(1, "attention.window", a.window);
+  one_of(Compression::kinds(), "attention.compression", a.compression);
+  for (const auto& [key, value] : {std::pair{"attention.l", a.l}, {"attention.block", a.block}}) {
+    require_key(
+        !nsa || value % a.d == 0, key,
+        "{} is not a multiple of attention.d {}, as NSA's scores need; nearest that are: {}", value,
+        a.d, nearest_multiples(value, a.d));
+  }
 }
 
 void check_optim(const OptimConfig& o, int64_t steps) {

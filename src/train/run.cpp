@@ -177,6 +177,7 @@ void Run::init_from(const std::string& path) {
   };
   say(fmt::format("starting from {}", path));
   list("parameters taken", shared.taken);
+  list("new, started to fit those", shared.adopted);
   list("new, started fresh", shared.fresh);
   list("not used by this model", shared.unused);
 }

@@ -173,7 +173,7 @@ struct Results {
 Results run_method(const Dims& n, const AttentionConfig& config, const Inputs& in,
                    const Array& dout) {
   const auto method = make_attention(config);
-  EXPECT_TRUE(method->params(n.Hkv, n.D).empty());
+  EXPECT_TRUE(method->params({n.Hq, n.Hkv, n.D}).empty());
   const Array o(in.q.tensor.shape), dq(in.q.tensor.shape), dk(in.k.tensor.shape),
       dv(in.v.tensor.shape), read({n.Hkv, read_fields});
   TapeMemory memory(Device::cpu);
@@ -184,6 +184,7 @@ Results run_method(const Dims& n, const AttentionConfig& config, const Inputs& i
                    {.q = {in.q.tensor, dq.tensor},
                     .k = {in.k.tensor, dk.tensor},
                     .v = {in.v.tensor, dv.tensor},
+                    .projected = {},
                     .params = {},
                     .read = read.tensor},
                    {o.tensor, dout.tensor});

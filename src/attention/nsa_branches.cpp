@@ -1,0 +1,63 @@
+#include "attention/nsa_branches.h"
+
+namespace entrain {
+namespace {
+
+struct Branch {
+  const char* name;
+  Var k, v, gate;
+  BlockSet blocks;
+  Tensor read;
+};
+
+}  // namespace
+
+Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, const NsaInput& in,
+                  Var o) {
+  const Kernels<Device::cpu> kernels;
+  const Var q = in.q, kc = in.kc;
+  const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], Hkv = in.ks.value[1];
+  const int64_t M = (N + selection.block - 1) / selection.block;
+  const Tensor mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64);
+  const BlockSet compressed{.keys = selection.runs()};
+  const BlockSet selected{.block = selection.block, .mask = mask};
+  const BlockSet last{.window = window};
+
+  tape.record("selection", {}, {}, [=, read = in.read] {
+    kernels.select_blocks(q.value, kc.value, selection, mask, read);
+    kernels.read_window(selected, window, read);
+  });
+
+  const Branch branches[] = {
+      {"compressed", kc, in.vc, in.gates[0], compressed, {}},
+      {"selected", in.ks, in.vs, in.gates[1], selected, in.read},
+      {"window", in.kw, in.vw, in.gates[2], last, {}},
+  };
+  for (size_t i = 0; i < 3; ++i) {
+    const Branch x = branches[i];
+    const bool first = i == 0, last_one = i == 2;
+    const Tensor out = tape.keep(q.value.shape), lse = tape.keep({B, Hq, N});
+    const Tensor keys = tape.scratch(in.ks.value.shape);
+    Tensor dout, scratch;
+    if (tape.training()) {
+      dout = tape.scratch(q.value.shape);
+      scratch =
+          tape.scratch({kernels.attention_backward_scratch(q.value.shape, in.ks.value.shape)});
+    }
+    tape.record(
+        x.name, out, q.grad,
+        [=] {
+          kernels.attention(q.value, x.k.value, x.v.value, x.blocks, out, lse, keys, x.read);
+          kernels.scale_rows(out, x.gate.value, !first, o.value);
+        },
+        [=] {
+          // The last branch comes first here: it writes q's gradient, the others add to it.
+          kernels.scale_rows_backward(o.grad, out, x.gate.value, dout, x.gate.grad);
+          kernels.attention_backward(q.value, x.k.value, x.v.value, out, dout, lse, x.blocks,
+                                     q.grad, x.k.grad, x.v.grad, {}, scratch, !last_one);
+        });
+  }
+  return mask;
+}
+
+}  // namespace entrain

@@ -1,0 +1,25 @@
+#pragma once
+// NSA's core (arXiv 2502.11089): attention of the same queries over compressed windows, over blocks
+// that the compressed weights select, and over the last tokens, mixed by gates.
+#include <array>
+
+#include "core/tape.h"
+#include "kernels/kernels.h"
+
+namespace entrain {
+
+struct NsaInput {
+  Var q;                     // [B, Hq, N, D]
+  Var kc, vc;                // compressed: [B, Hkv, selection.windows(N), D], contiguous
+  Var ks, vs, kw, vw;        // selected and window: [B, Hkv, N, D]
+  std::array<Var, 3> gates;  // compressed, selected, window: [B, Hq, N, 1]
+  Tensor read;               // see ReadField
+};
+
+/// Records the branches and their sum o. Gradients reach all but the choice of blocks. Returns that
+/// choice, as BlockSet::mask. Pairs read are the tokens of selected blocks and those of the window
+/// that none of them holds; what the router reads are compressed entries.
+Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, const NsaInput& in,
+                  Var o);
+
+}  // namespace entrain
