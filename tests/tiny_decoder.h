@@ -19,8 +19,16 @@ struct TinyDecoder {
                  .d_ff = 10,
                  .vocab = vocab,
                  .tie_embeddings = tied},
-                {.method = method, .chunk = 3, .gamma = 2, .sigma = 2}, N, 1, true, Device::cpu,
-                real),
+                {.method = method,
+                 .chunk = 3,
+                 .gamma = 2,
+                 .sigma = 2,
+                 .block = 2,
+                 .topk = 3,
+                 .l = 4,
+                 .d = 2,
+                 .window = 5},
+                N, 1, true, Device::cpu, real),
         tokens(pool.integers({B, N}, vocab)),
         targets(pool.integers({B, N}, vocab)) {
     // Larger than at the start of training: gradients of every size, routing that chooses.

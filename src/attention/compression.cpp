@@ -28,8 +28,8 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
   const int64_t B = x.value[0], H = x.value[1], D = x.value[3];
   const int64_t W = windows.within(x.value[2]), count = B * H * W, width = windows.length * D;
   const Var y = tape.var({B, H, W, D});
-  const auto matrix = [](Var w, Shape shape) {
-    return Var{w.value.view(shape), w.grad ? w.grad.view(shape) : Tensor{}};
+  const auto matrix = [&](Var w, Shape shape) {
+    return Var{w.value.view(shape), tape.training() ? w.grad.view(shape) : Tensor{}};
   };
   const Var out = matrix(y, {count, D});
 

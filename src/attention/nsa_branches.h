@@ -18,7 +18,7 @@ struct NsaInput {
 
 /// Records the branches and their sum o. Gradients reach all but the choice of blocks. Returns that
 /// choice, as BlockSet::mask. Pairs read are the tokens of selected blocks and those of the window
-/// that none of them holds; what the router reads are compressed entries.
+/// that none of them holds, blocks the selected ones; what the router reads are compressed entries.
 Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, const NsaInput& in,
                   Var o);
 

@@ -24,7 +24,7 @@ class Dash {
         method(make_attention(c)),
         graph({.dtype = real, .training = true},
               [&](Tape& tape) {
-                method->record(tape, {a.q, a.k, a.v, {summary}, a.read}, a.o);
+                method->record(tape, {a.q, a.k, a.v, {}, {summary}, a.read}, a.o);
               }),
         config_(c) {}
 

@@ -36,11 +36,14 @@ struct Vectors {
 // and k to float32 moves w by a large part of itself, whatever the accumulation, so what depends on
 // it is met less closely by the small decoder in float32: 8e-5 where the prior is strong (sigma 1),
 // 2.3e-5 where it is weak, and there in the summaries alone, which learn from nothing else.
-const Vectors vectors[] = {
-    {"entmax", "entmax", 1e-6, 1e-5},       {"full", "full", 1e-6, 1e-5},
-    {"dash", "dash", 1e-6, 1e-5},           {"model", "model_full", 1e-6, 1e-5},
-    {"model", "model_dash", 1e-6, 2e-4},    {"infllmv2", "infllmv2", 1e-6, 1e-5},
-    {"model", "model_infllmv2", 1e-6, 1e-5}};
+const Vectors vectors[] = {{"entmax", "entmax", 1e-6, 1e-5},
+                           {"full", "full", 1e-6, 1e-5},
+                           {"dash", "dash", 1e-6, 1e-5},
+                           {"model", "model_full", 1e-6, 1e-5},
+                           {"model", "model_dash", 1e-6, 2e-4},
+                           {"infllmv2", "infllmv2", 1e-6, 1e-5},
+                           {"model", "model_infllmv2", 1e-6, 1e-5},
+                           {"nsa", "nsa", 1e-6, 1e-5}};
 
 TEST(Op, MeetsTheReferenceVectors) {
   const TempDir dir;
@@ -87,6 +90,19 @@ class BadInput : public testing::Test {
     for (const char* name : {"q", "k", "v", "dout"}) write(f, name, pool_.random({1, 1, 6, 4}));
     write(f, "summary_query", pool_.random({1, 4}));
     f.set("case", "chunk", chunk);
+    return f;
+  }
+
+  h5::File nsa(int64_t windows = 2) {
+    h5::File f = h5::File::create(in_);
+    for (const char* name : {"q", "ks", "vs", "kw", "vw", "dout"}) {
+      write(f, name, pool_.random({1, 1, 6, 4}));
+    }
+    for (const char* name : {"kc", "vc"}) write(f, name, pool_.random({1, 1, windows, 4}));
+    write(f, "gate", pool_.random({1, 1, 6, 3}));
+    for (const auto& [name, value] : {std::pair{"l", 4}, {"d", 2}, {"block", 2}, {"topk", 2}}) {
+      f.set("case", name, int64_t{value});
+    }
     return f;
   }
 
@@ -137,9 +153,10 @@ class BadInput : public testing::Test {
 };
 
 TEST_F(BadInput, GoodInputPasses) {
-  for (const char* operation : {"entmax", "dash", "model"}) {
+  for (const char* operation : {"entmax", "dash", "nsa", "model"}) {
     if (operation == std::string("entmax")) entmax(pool_.random({2, 5}), lengths({0, 5})).close();
     if (operation == std::string("dash")) dash(2).close();
+    if (operation == std::string("nsa")) nsa().close();
     if (operation == std::string("model")) model().close();
     const Ended r = run_entrain(fmt::format("op {} --in {} --out {}", operation, in_, out_));
     EXPECT_EQ(r.code, 0) << r.err;
@@ -203,6 +220,19 @@ TEST_F(BadInput, Parameters) {
   eps.set("case", "prior_eps", -1.0);
   eps.close();
   expect_refused("dash", "prior_eps");
+}
+
+TEST_F(BadInput, Nsa) {
+  nsa(3).close();
+  expect_refused("nsa", "kc is [1, 1, 3, 4], not [1, 1, 2, 4]");
+  h5::File stride = nsa();
+  stride.set("case", "block", int64_t{3});
+  stride.close();
+  expect_refused("nsa", "l and block multiples of d");
+  h5::File window = nsa();
+  window.set("case", "window", int64_t{0});
+  window.close();
+  expect_refused("nsa", "window must be positive");
 }
 
 TEST_F(BadInput, Models) {

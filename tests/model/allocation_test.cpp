@@ -33,7 +33,7 @@ namespace entrain {
 namespace {
 
 TEST(Step, AllocatesNothingAfterTheFirst) {
-  for (const char* method : {"full", "dash", "infllmv2"}) {
+  for (const char* method : {"full", "dash", "nsa", "infllmv2"}) {
     for (const bool recompute : {false, true}) {
       TinyDecoder tiny(method, DType::f32, 2, 40);
       Graph graph({.training = true, .recompute = recompute}, tiny.training());

@@ -11,7 +11,7 @@ namespace entrain {
 namespace {
 
 TEST(Decoder, GradientsOfAllParametersAreSlopes) {
-  for (const char* method : {"full", "dash"}) {
+  for (const char* method : {"full", "dash", "nsa", "infllmv2"}) {
     for (const bool tied : {false, true}) {
       TinyDecoder tiny(method, DType::f64, 2, 13, tied);
       Graph graph(training_f64, tiny.training());
@@ -53,7 +53,7 @@ TEST(Decoder, MicroBatchesAddUpToTheBatch) {
 }
 
 TEST(Decoder, LaterTokensDoNotReachEarlierLogits) {
-  for (const char* method : {"full", "dash"}) {
+  for (const char* method : {"full", "dash", "nsa", "infllmv2"}) {
     TinyDecoder tiny(method, DType::f64, 1);
     Tensor logits;
     Graph graph({.dtype = DType::f64},

@@ -197,6 +197,34 @@ TEST(Checkpoint, SharesParametersAcrossMethods) {
   expect_line(error_of([&] { load_shared(path, wide); }), {q_proj, "[8, 8]", "[16, 8]"});
 }
 
+TEST(Checkpoint, StartsNewParametersToFitThoseTaken) {
+  TempDir run;
+  const Params saved = trained();
+  const std::string path = save(run / "", 1, saved);
+  Specs other = specs();
+  const auto add = [&](const char* name, const Adopt& adopt) {
+    other.push_back({.name = name, .shape = {8, 8}, .init_std = 0.02, .adopt = adopt});
+  };
+  add("copy", {.like = q_proj});
+  add("constant", {.like = {}, .value = 2.5});
+  add("orphan", {.like = "nowhere"});
+  Params params = untouched(other);
+  const Params before = untouched(other);
+  const Shared shared = load_shared(path, params);
+  EXPECT_EQ(shared.adopted, (Names{"copy", "constant"}));
+  EXPECT_EQ(shared.fresh, Names{"orphan"});
+  EXPECT_TRUE(same(params.get("copy").value, saved.get(q_proj).value));
+  EXPECT_TRUE(same(params.get("orphan").value, before.get("orphan").value));
+  const float* constant = params.get("constant").value.ptr<float>();
+  EXPECT_TRUE(std::all_of(constant, constant + 64, [](float x) { return x == 2.5f; }));
+
+  // A checkpoint that has them is taken as it is.
+  const std::string full = save(run / "full", 1, params);
+  Params again = untouched(other);
+  EXPECT_EQ(load_shared(full, again).taken.size(), other.size());
+  EXPECT_TRUE(same(again.values(), params.values()));
+}
+
 TEST(Checkpoint, RefusesOtherFiles) {
   TempDir dir;
   expect_line(error_of([&] { read_info(dir / "none.h5"); }), {dir / "none.h5"});

@@ -324,7 +324,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"model.d_ff", {"0"}},
       {"model.rope_theta", {"0"}},
       {"model.norm_eps", {"0"}},
-      {"attention.method", {"flash", "", "nsa"}},
+      {"attention.method", {"flash", "", "nas"}},
       {"attention.chunk", {"0"}},
       {"attention.alpha", {"0.99", "2.01"}},
       {"attention.gamma", {"0", "-1"}},
@@ -352,6 +352,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"train.weight_decay", {"-1"}},
       {"train.clip", {"-1"}},
       {"train.init_from", {"runs/../runs/small"}},
+      {"attention.window", {"0"}},
       {"train.log_every", {"0"}},
       {"checkpoint.every", {"-1"}},
       {"checkpoint.keep", {"-1"}},
@@ -368,8 +369,8 @@ TEST_F(Check, RefusesValuesOutOfRange) {
   }
   EXPECT_EQ(with("train.schedule", "cosin"),
             "train.schedule must be cosine or linear or constant, not 'cosin'");
-  EXPECT_EQ(with("attention.method", "nsa"),
-            "attention.method must be full or dash or infllmv2, not 'nsa'");
+  EXPECT_EQ(with("attention.method", "nas"),
+            "attention.method must be full or dash or nsa or infllmv2, not 'nas'");
 }
 
 TEST_F(Check, AcceptsTheEndsOfRanges) {
@@ -425,7 +426,31 @@ TEST_F(Check, TopkHoldsTheForcedBlocks) {
             "attention.topk 2 is less than the forced blocks, attention.init_blocks 1 and "
             "attention.local_blocks 2; take 3 or more");
   EXPECT_EQ(forced("infllmv2", 3), "no error");
+  EXPECT_NE(forced("nsa", 2), "no error");
+  EXPECT_EQ(forced("nsa", 3), "no error");
   EXPECT_EQ(forced("dash", 2), "no error");  // has no topk
+}
+
+TEST_F(Check, NsaNeedsWholeStrides) {
+  const auto strides = [&](const char* method, int l, int d, int block) {
+    return with([&](RunConfig& c) {
+      c.attention.method = method;
+      c.attention.l = l;
+      c.attention.d = d;
+      c.attention.block = block;
+    });
+  };
+  EXPECT_EQ(strides("nsa", 32, 16, 64), "no error");
+  EXPECT_EQ(
+      strides("nsa", 40, 16, 64),
+      "attention.l 40 is not a multiple of attention.d 16, as NSA's scores need; nearest that "
+      "are: 32 or 48");
+  EXPECT_EQ(strides("nsa", 32, 16, 72),
+            "attention.block 72 is not a multiple of attention.d 16, as NSA's scores need; nearest "
+            "that are: 64 or 80");
+  EXPECT_EQ(strides("infllmv2", 40, 16, 72), "no error");
+  EXPECT_EQ(with("attention.compression", "mpl"),
+            "attention.compression must be mlp or linear or mean, not 'mpl'");
 }
 
 TEST_F(Check, TargetDensityNeedsASparseMethod) {
