@@ -117,7 +117,7 @@ TEST_F(Resume, GoesOnBitwiseAfterBeingKilledAtAnyMoment) {
     const auto done = static_cast<int64_t>(
         std::filesystem::exists(dir / "run/metrics.jsonl") ? read_steps(dir / "run").size() : 0);
     wait_for_steps("run", std::min(done + 2, last));
-    std::this_thread::sleep_for(std::chrono::microseconds(rng.below(60000)));
+    std::this_thread::sleep_for(std::chrono::microseconds(rng.below(30000)));
     program.kill_all();
     const Ended ended = program.wait();
     complete = ended.code == 0;
