@@ -188,7 +188,7 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
   transpose_blocks(k, block, kt);
 
 #pragma omp parallel
-  scratch_of_thread<T>.reserve(s, block, batch, false);
+  scratch_of_thread<T>.reserve(s, std::min(block, s.N), batch, false);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
     for (int64_t b = 0; b < s.B; ++b) {
@@ -301,7 +301,7 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
   transpose_blocks(v, block, vt);
 
 #pragma omp parallel
-  scratch_of_thread<T>.reserve(s, block, batch, true);
+  scratch_of_thread<T>.reserve(s, std::min(block, s.N), batch, true);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t b = 0; b < s.B; ++b) {
     for (int64_t r = 0; r < s.Hkv; ++r) {

@@ -95,7 +95,7 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
     const HeadView<T> kv(k);
     const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
 #pragma omp parallel
-    RoutedTile::grow(chunk_of_thread, chunk);
+    RoutedTile::grow(chunk_of_thread, std::min(chunk, N));
 #pragma omp parallel for collapse(3) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t r = 0; r < H; ++r) {
@@ -125,7 +125,7 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
     const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = dkbar[2];
     const double scale = 1 / std::sqrt(static_cast<double>(D));
 #pragma omp parallel
-    RoutedTile::grow(chunk_of_thread, 2 * chunk + D);
+    RoutedTile::grow(chunk_of_thread, 2 * std::min(chunk, N) + D);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t r = 0; r < H; ++r) {  // one thread a head: ds is summed in order
       std::vector<double>& buffer = chunk_of_thread;

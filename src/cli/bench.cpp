@@ -232,33 +232,54 @@ void add_bench(CLI::App& app) {
 
   auto t = std::make_shared<TrainShape>();
   CLI::App* train = bench->add_subcommand("train", "The training step");
-  train->add_option("--n-layer", t->model.n_layer)->capture_default_str();
-  train->add_option("--d-model", t->model.d_model)->capture_default_str();
-  train->add_option("--n-head", t->model.n_head)->capture_default_str();
-  train->add_option("--n-kv-head", t->model.n_kv_head)->capture_default_str();
-  train->add_option("--head-dim", t->model.head_dim)->capture_default_str();
-  train->add_option("--d-ff", t->model.d_ff)->capture_default_str();
-  train->add_option("--vocab", t->model.vocab)->capture_default_str();
-  train->add_option("--batch", t->batch, "sequences")->capture_default_str();
-  train->add_option("--tokens", t->tokens, "of a sequence")->capture_default_str();
+  train->add_option("--n-layer", t->model.n_layer)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--d-model", t->model.d_model)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--n-head", t->model.n_head)->capture_default_str()->check(CLI::PositiveNumber);
+  train->add_option("--n-kv-head", t->model.n_kv_head)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--head-dim", t->model.head_dim)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--d-ff", t->model.d_ff)->capture_default_str()->check(CLI::PositiveNumber);
+  train->add_option("--vocab", t->model.vocab)->capture_default_str()->check(CLI::PositiveNumber);
+  train->add_option("--batch", t->batch, "sequences")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--tokens", t->tokens, "of a sequence")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   train->add_option("--method", t->attention.method, "attention method")->capture_default_str();
-  train->add_option("--chunk", t->attention.chunk)->capture_default_str();
-  train->add_option("--gamma", t->attention.gamma)->capture_default_str();
+  train->add_option("--chunk", t->attention.chunk)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  train->add_option("--gamma", t->attention.gamma)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   train->add_flag("--recompute", t->recompute, "recompute activations per block");
-  train->add_option("--repeats", t->repeats)->capture_default_str();
+  train->add_option("--repeats", t->repeats)->capture_default_str()->check(CLI::PositiveNumber);
   train->callback([t] { bench_train(*t); });
 
   auto a = std::make_shared<AttentionShape>();
   CLI::App* attention = bench->add_subcommand("attention", "DashAttention against full attention");
-  attention->add_option("--batch", a->batch)->capture_default_str();
-  attention->add_option("--n-head", a->n_head)->capture_default_str();
-  attention->add_option("--n-kv-head", a->n_kv_head)->capture_default_str();
-  attention->add_option("--head-dim", a->head_dim)->capture_default_str();
-  attention->add_option("--tokens", a->tokens)->capture_default_str();
-  attention->add_option("--chunk", a->chunk)->capture_default_str();
+  attention->add_option("--batch", a->batch)->capture_default_str()->check(CLI::PositiveNumber);
+  attention->add_option("--n-head", a->n_head)->capture_default_str()->check(CLI::PositiveNumber);
+  attention->add_option("--n-kv-head", a->n_kv_head)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  attention->add_option("--head-dim", a->head_dim)
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  attention->add_option("--tokens", a->tokens)->capture_default_str()->check(CLI::PositiveNumber);
+  attention->add_option("--chunk", a->chunk)->capture_default_str()->check(CLI::PositiveNumber);
   attention->add_option("--density", a->density, "of DashAttention, reached by gamma")
-      ->capture_default_str();
-  attention->add_option("--repeats", a->repeats)->capture_default_str();
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  attention->add_option("--repeats", a->repeats)->capture_default_str()->check(CLI::PositiveNumber);
   attention->callback([a] { bench_attention(*a); });
 }
 

@@ -75,6 +75,7 @@ void run(const Options& options) {
     info = read_info(path);
     config = read_config(info.config_yaml, path, options.overrides);
     store = std::make_unique<TokenStore>(config.data.path);
+    require_tokenizer(path, info.data_fingerprint, *store);
     require_sequence(*store, Split::validation, config.data.seq_len);
     config.model.vocab = store->vocab();
     decoder = std::make_unique<Decoder>(config.model, config.attention, config.data.seq_len, 0,

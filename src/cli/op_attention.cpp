@@ -82,8 +82,8 @@ void run_dash(Case& c) {
                             .local_blocks = static_cast<int64_t>(c.parameter("local_blocks", 1)),
                             .gamma = &gamma};
   check_alpha(c, routing.alpha);
-  require(routing.chunk > 0 && routing.init_blocks >= 0 && routing.local_blocks >= 0 &&
-              routing.sigma > 0 && routing.prior_eps >= 0,
+  require(routing.chunk > 0 && routing.chunk < (1 << 30) && routing.init_blocks >= 0 &&
+              routing.local_blocks >= 0 && routing.sigma > 0 && routing.prior_eps >= 0,
           "{}: chunk and sigma must be positive, init_blocks, local_blocks and prior_eps not "
           "negative",
           c.where());

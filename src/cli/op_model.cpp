@@ -40,9 +40,11 @@ void run_model(Case& c) {
               attention.d > 0 && attention.window > 0 && attention.init_blocks >= 0 &&
               attention.local_blocks >= 0,
           "{}: chunk, block, topk, l, stride and window must be positive, init_blocks and "
-          "local_blocks not "
-          "negative",
+          "local_blocks not negative",
           c.where());
+  require(attention.alpha >= 1 && attention.alpha <= 2 && attention.sigma > 0 &&
+              attention.prior_eps >= 0,
+          "{}: alpha must be in [1, 2], sigma positive and prior_eps not negative", c.where());
   const ModelConfig model{.n_layer = whole("L"),
                           .d_model = whole("d"),
                           .n_head = whole("Hq"),

@@ -141,6 +141,12 @@ Shape shape_of(hid_t dataset, const std::string& path, const std::string& name) 
   H5Sget_simple_extent_dims(space, extent, nullptr);
   Shape shape;
   shape.rank = rank;
+  hsize_t numel = 1;
+  for (int d = 0; d < rank; ++d) {
+    require(extent[d] == 0 || numel <= (uint64_t{1} << 48) / extent[d],
+            "{}: {} says it has more elements than any memory holds", path, name);
+    numel *= extent[d];
+  }
   std::copy_n(extent, rank, shape.extent.begin());
   return shape;
 }
@@ -302,6 +308,7 @@ std::string join(const std::string& group, const std::string& name) {
 
 void collect_datasets(hid_t file, const std::string& path, const std::string& group,
                       const std::string& prefix, std::vector<std::string>& out) {
+  require(std::ranges::count(group, '/') < 32, "{}: groups nest without end at {}", path, group);
   for (const std::string& name : links(file, path, group)) {
     const std::string full = join(group, name);
     if (is_group(file, path, full))

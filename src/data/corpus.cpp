@@ -208,8 +208,8 @@ bool Corpus::next_line(std::string& document) {
 
   const std::string field = options_.jsonl_field.empty() ? "text" : options_.jsonl_field;
   const auto object = nlohmann::json::parse(line, nullptr, false);
-  require(!object.is_discarded() && object.is_object(), "{}:{}: not a JSON object", reader_->name,
-          reader_->line);
+  require(!object.is_discarded() && object.is_object(), "{}:{}: not a JSON object in UTF-8",
+          reader_->name, reader_->line);
   const auto value = object.find(field);
   require(value != object.end() && value->is_string(),
           "{}:{}: no text under \"{}\"; name the field with --jsonl-field", reader_->name,

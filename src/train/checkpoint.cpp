@@ -233,6 +233,19 @@ CheckpointInfo load_checkpoint(const std::string& path, Params& params) {
   return info;
 }
 
+void require_tokenizer(const std::string& checkpoint, const std::string& data_fingerprint,
+                       const TokenStore& store) {
+  // A fingerprint begins with the vocabulary's size and the tokenizer model's checksum.
+  const auto tokenizer = [](const std::string& fingerprint) {
+    return fingerprint.substr(0, fingerprint.find('-', fingerprint.find('-') + 1));
+  };
+  require(
+      tokenizer(data_fingerprint) == tokenizer(store.fingerprint()),
+      "{} was trained with another tokenizer than {}'s, so its token ids mean other text; tokenize "
+      "with the model of the data it was trained on",
+      checkpoint, store.path());
+}
+
 Shared load_shared(const std::string& path, Params& params) {
   const h5::File file = h5::File::open(path);
   const CheckpointInfo info = read_info(file);

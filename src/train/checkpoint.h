@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/params.h"
+#include "data/token_store.h"
 
 namespace entrain {
 
@@ -57,6 +58,10 @@ void verify_checkpoint(const std::string& path);
 /// Values, and moments where params has them. Throws Error naming the first parameter that differs
 /// from the checkpoint's in name or shape, or is damaged; params are then partly loaded.
 CheckpointInfo load_checkpoint(const std::string& path, Params& params);
+
+/// Throws Error unless tokens mean the same in the store as in the one a checkpoint was trained on.
+void require_tokenizer(const std::string& checkpoint, const std::string& data_fingerprint,
+                       const TokenStore& store);
 
 struct Shared {
   std::vector<std::string> taken;    // from the checkpoint

@@ -9,6 +9,7 @@
 #include "core/version.h"
 #include "optim/density_controller.h"
 #include "train/checkpoint.h"
+#include "train/config_keys.h"
 #include "train/console.h"
 #include "train/evaluate.h"
 #include "train/machine.h"
@@ -43,6 +44,7 @@ class Run {
   }
   void start(bool resume);
   void resume_from(const std::string& path);
+  void refuse_other_model(const std::string& path, RunConfig before);
   void init_from(const std::string& path);
   void seek_density();
   StepMetrics step();
@@ -114,7 +116,7 @@ void Run::start(bool resume) {
     const std::string folder = config_.dir + "/checkpoints";
     if (resume) {
       checkpoint = newest_valid(folder).value_or("");
-    } else if (fs::exists(folder) && !fs::is_empty(folder)) {
+    } else if (newest_valid(folder)) {
       throw ConfigError(fmt::format(
           "{} has checkpoints already; continue it with --resume, or choose another run.dir",
           config_.dir));
@@ -138,6 +140,25 @@ void Run::start(bool resume) {
   state_.rng = {config_.train.seed, 0, static_cast<uint64_t>(state_.sequences)};
 }
 
+// A run goes on with the model and data order it has; what else changed is said.
+void Run::refuse_other_model(const std::string& path, RunConfig before) {
+  RunConfig now = config_;
+  std::string changed;
+  const std::vector<Key> old_keys = keys_of(before), keys = keys_of(now);
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const std::string was = text_of(old_keys[i].field), is = text_of(keys[i].field);
+    if (was == is) continue;
+    const std::string_view name = keys[i].name;
+    if (keys[i].section() == "model" || name == "attention.method" || name == "data.seq_len") {
+      throw ConfigError(fmt::format(
+          "{} was trained with {} {}, not {}; to change it, start a run with train.init_from={}",
+          path, name, was, is, path));
+    }
+    changed += fmt::format("{}{} {} (was {})", changed.empty() ? "" : ", ", name, is, was);
+  }
+  if (!changed.empty()) say("changed since the checkpoint: " + changed);
+}
+
 void Run::resume_from(const std::string& path) {
   const CheckpointInfo info = load_checkpoint(path, decoder_->params());
   state_ = info.state;
@@ -145,6 +166,7 @@ void Run::resume_from(const std::string& path) {
           "{} was trained on other data than {}; to go on with new data, start a run with "
           "train.init_from={}",
           path, store_.path(), path);
+  refuse_other_model(path, parse_config(info.config_yaml, path));
   require(state_.rng[0] == config_.train.seed,
           "{} was trained with train.seed {}, which orders its data; do not change it on resume",
           path, state_.rng[0]);
@@ -175,6 +197,7 @@ void Run::init_from(const std::string& path) {
     say(fmt::format("  {}: {} ({}{})", what, names.size(), names.front(),
                     names.size() > 1 ? ", ..., " + names.back() : ""));
   };
+  require_tokenizer(path, read_info(path).data_fingerprint, store_);
   say(fmt::format("starting from {}", path));
   list("parameters taken", shared.taken);
   list("new, started to fit those", shared.adopted);
