@@ -130,8 +130,8 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
     for (int64_t r = 0; r < H; ++r) {  // one thread a head: ds is summed in order
       std::vector<double>& buffer = chunk_of_thread;
       double* a = buffer.data();
-      double* e = a + chunk;
-      double* ds = e + chunk;
+      double* e = a + std::min(chunk, N);
+      double* ds = e + std::min(chunk, N);
       std::fill_n(ds, D, 0.0);
       const T* query = s.ptr<T>() + r * D;
       for (int64_t b = 0; b < B; ++b) {

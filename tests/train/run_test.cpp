@@ -125,6 +125,14 @@ TEST_F(Training, EvaluatesOnTheWay) {
   expect_same_steps(dir / "run", dir / "unseen");
 }
 
+TEST_F(Training, TakesBlocksLongerThanTheSequence) {
+  for (const char* method : {"dash", "infllmv2", "nsa"}) {
+    train(method, fmt::format("train.steps=1 attention.method={} attention.chunk=2000000000 "
+                              "attention.block=2000000000",
+                              method));
+  }
+}
+
 TEST_F(Training, ReachesTheTargetDensity) {
   train("run", sparse + "train.steps=250 train.global_batch=2 train.log_every=50");
   const std::vector<Json> steps = read_steps(dir / "run");
