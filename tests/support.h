@@ -161,7 +161,9 @@ inline void probe(Tape& tape, Pool& pool, Var y, double& loss) {
         loss = 0;
         for (int64_t i = 0; i < dy.numel(); ++i) loss += get(y.value, i) * get(dy, i);
       },
-      [=] { std::memcpy(y.grad.data, dy.data, dy.bytes()); });
+      [=] {
+        for (int64_t i = 0; i < dy.numel(); ++i) put(y.grad, i, get(dy, i));
+      });
 }
 
 /// d loss / d x[i] by central differences of fourth order; x is contiguous f64.
