@@ -87,6 +87,9 @@ Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int
   const Shape read{model.n_layer, model.n_kv_head, read_fields};
   read_memory_ = Buffer(static_cast<size_t>(read.numel()) * sizeof(double), device);
   read_ = Tensor::of(read_memory_.data(), read, DType::f64, device);
+  const Shape entropy{max_tokens, entropy_fields};
+  entropy_memory_ = Buffer(static_cast<size_t>(entropy.numel()) * sizeof(double), device);
+  entropy_ = Tensor::of(entropy_memory_.data(), entropy, DType::f64, device);
 }
 
 Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
@@ -105,7 +108,8 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
                     .v = heads(qkv, (Hq + Hkv) * D, Hkv, D),
                     .projected = {},
                     .params = {},
-                    .read = read_.slice(0, index, 1).view({Hkv, read_fields})};
+                    .read = read_.slice(0, index, 1).view({Hkv, read_fields}),
+                    .entropy = tape.training() ? Tensor{} : entropy_};
   const Tensor cos_sin = cos_sin_.slice(0, 0, N);
   ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin);
   int64_t column = (Hq + 2 * Hkv) * D;

@@ -24,6 +24,8 @@ class Decoder {
   AttentionMethod& attention() { return *attention_; }
   /// What attention has read since last cleared: f64 [n_layer, Hkv, read_fields].
   Tensor read() const { return read_; }
+  /// How routing spread in evaluation, since last cleared: f64 [max_tokens, entropy_fields].
+  Tensor entropy() const { return entropy_; }
   /// What attention has taken since last cleared, projections apart.
   OpTime& attention_time() { return attention_time_; }
 
@@ -49,8 +51,8 @@ class Decoder {
   std::vector<ParamSpec> extra_;         // its other parameters
   Params params_;
   size_t params_per_layer_;
-  Buffer rope_memory_, read_memory_;
-  Tensor cos_sin_, read_;
+  Buffer rope_memory_, read_memory_, entropy_memory_;
+  Tensor cos_sin_, read_, entropy_;
   OpTime attention_time_;
 };
 

@@ -19,7 +19,8 @@ struct StepMetrics {
   double peak_share = 0.0;      // of the machine's fastest matrix product; 0: unknown
   double density = 0.0;         // share of the causal tokens that were attended
   double router_density = 0.0;  // entries the router read, over the same denominator
-  double gamma = 0.0;
+  double gamma = 0.0;           // of the router; 0: it has none
+  double alpha = 0.0;
   double attention_seconds = 0.0;  // of the step: forward and backward, mean of the ranks
   double seconds_left = 0.0;
 };

@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "core/version.h"
 #include "optim/density_controller.h"
+#include "optim/schedule.h"
 #include "train/checkpoint.h"
 #include "train/config_keys.h"
 #include "train/console.h"
@@ -45,6 +46,7 @@ class Run {
   void refuse_other_model(const std::string& path, RunConfig before);
   void init_from(const std::string& path);
   void seek_density();
+  void turn_knobs(int64_t step);
   StepMetrics step();
   void write_metrics(const nlohmann::ordered_json& line);
   void evaluate();
@@ -220,9 +222,22 @@ void Run::seek_density() {
   say(fmt::format("gamma {:.4g} reads density {:.3f} before training", gamma, density));
 }
 
+// Schedules depend on the step alone, so a resumed run is on them again.
+void Run::turn_knobs(int64_t step) {
+  const AttentionConfig& c = config_.attention;
+  AttentionMethod& method = decoder_->attention();
+  if (c.alpha_steps > 0 && method.alpha()) {
+    *method.alpha() = ramp(c.alpha_start, c.alpha, c.alpha_steps, step);
+  }
+  if (c.gamma_steps > 0 && method.gamma()) {
+    *method.gamma() = ramp(c.gamma_start, c.gamma, c.gamma_steps, step);
+  }
+}
+
 StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
+  turn_knobs(step);
   const StepResult result = step_->run(step, state_.sequences, sampler_);
   double* gamma = decoder_->attention().gamma();
   const double gamma_used = gamma ? *gamma : 0;
@@ -253,6 +268,7 @@ StepMetrics Run::step() {
   m.density = result.read.all.density;
   m.router_density = result.read.all.router_density;
   m.gamma = gamma_used;
+  if (const double* alpha = decoder_->attention().alpha()) m.alpha = *alpha;
   m.attention_seconds = result.attention_seconds;
   m.seconds_left = step_seconds_ * static_cast<double>(config_.train.steps - step);
   return m;
@@ -284,6 +300,7 @@ void Run::save() {
   state_.controller.clear();
   if (const double* gamma = decoder_->attention().gamma()) {
     state_.controller["gamma"] = *gamma;
+    state_.controller["alpha"] = *decoder_->attention().alpha();
     state_.controller["density"] = controller_ ? controller_->state().density : -1;
   }
   together(comm_, [&] {
@@ -302,6 +319,7 @@ RunEnd Run::train(bool resume) {
                     state_.step, config_.train.steps));
     return RunEnd::complete;
   }
+  turn_knobs(state_.step + 1);
   if (controller_ && state_.step == 0) seek_density();
   while (state_.step < config_.train.steps) {
     const StepMetrics metrics = step();

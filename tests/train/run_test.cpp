@@ -153,6 +153,35 @@ TEST_F(Training, ReachesTheTargetDensity) {
       double(frozen["density"]));
 }
 
+TEST_F(Training, FollowsItsSchedulesAlsoWhenResumed) {
+  const std::string scheduled =
+      dash +
+      "attention.chunk=4 attention.alpha_start=1.25 attention.alpha_steps=8 "
+      "attention.gamma_start=2 attention.gamma=10 attention.gamma_steps=4 ";
+  train("run", scheduled);
+  const std::vector<Json> steps = read_steps(dir / "run");
+  for (const int64_t step : {1, 5, 9, 12}) {
+    const Json& line = steps[static_cast<size_t>(step - 1)];
+    EXPECT_DOUBLE_EQ(line["alpha"], step > 8 ? 1.5 : 1.25 + 0.25 * double(step - 1) / 8);
+    EXPECT_DOUBLE_EQ(line["gamma"], step > 4 ? 10 : 2 + 8 * double(step - 1) / 4);
+  }
+  train("twice", scheduled + "train.steps=3 train.schedule=constant");
+  train("whole", scheduled + "train.schedule=constant");
+  train("twice", scheduled + "--resume train.schedule=constant");
+  expect_same_steps(dir / "twice", dir / "whole");
+
+  // Evaluation takes alpha as the checkpoint left it.
+  train("early", scheduled + "train.steps=3");
+  const Json eval = evaluate(dir / "early");
+  EXPECT_EQ(eval["density"],
+            evaluate((dir / "early") + " attention.alpha=1.3125 attention.gamma=6")["density"]);
+  EXPECT_NE(eval["density"], evaluate((dir / "early") + " attention.alpha=2")["density"]);
+  ASSERT_TRUE(eval.contains("routing"));
+  EXPECT_GT(double(eval["routing_entropy"]), 0);
+  EXPECT_LT(double(eval["routing"].back()["entropy"]),
+            double(eval["routing"].back()["softmax_entropy"]));
+}
+
 // A learning rate so small that nothing moves shows what a run starts from.
 const std::string frozen = "train.steps=1 train.lr=1.0e-30 ";
 
