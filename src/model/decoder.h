@@ -26,8 +26,6 @@ class Decoder {
   Tensor read() const { return read_; }
   /// How routing spread in evaluation, since last cleared: f64 [max_tokens, entropy_fields].
   Tensor entropy() const { return entropy_; }
-  /// What attention has taken since last cleared, projections apart.
-  OpTime& attention_time() { return attention_time_; }
 
   /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
   Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
@@ -53,7 +51,6 @@ class Decoder {
   size_t params_per_layer_;
   Buffer rope_memory_, read_memory_, entropy_memory_;
   Tensor cos_sin_, read_, entropy_;
-  OpTime attention_time_;
 };
 
 }  // namespace entrain

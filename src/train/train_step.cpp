@@ -45,8 +45,7 @@ void TrainStep::fill(int64_t first, int64_t micro, Sampler& sampler) {
 StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
   StepResult result;
   double sum = 0;
-  OpTime& attention = decoder_.attention_time();
-  attention = {};
+  tape_.clear_times();
   for (int64_t micro = 0; micro < plan_.accumulate; ++micro) {
     fill(first, micro, sampler);
     last_micro_ = micro + 1 == plan_.accumulate;
@@ -62,6 +61,7 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
     diagnose(step, first, sampler, result.loss);
   }
   result.read = collect_read(comm_, decoder_.read());
+  const OpTime attention = tape_.time(".attention.");
   result.attention_seconds = attention.forward + attention.backward;
   comm_.sum(&result.attention_seconds, 1);
   result.attention_seconds /= comm_.size();
