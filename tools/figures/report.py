@@ -8,7 +8,7 @@ from figures.table import table
 
 STYLE = """
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1, h2 { line-height: 1.2; }
+h1, h2 { line-height: 1.2; break-after: avoid; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; }
 caption { text-align: left; padding-bottom: .5rem; }

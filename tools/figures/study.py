@@ -138,8 +138,8 @@ class Study:
         length, steps = self._shared("data.seq_len"), self._shared("train.steps")
         parts = [
             data and pathlib.Path(data).stem,
-            {"continued": "continued from a dense model",
-             "scratch": "trained from scratch"}.get(self.protocol),
+            "continued from a dense model" if self.protocol == "continued" or self.dense else
+            self.protocol and "trained from scratch",
             layers and width and f"{layers} layers of width {width}",
             length and f"sequences of {length} tokens",
             steps and f"{steps} steps",
