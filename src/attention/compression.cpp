@@ -56,7 +56,8 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
           k.unfold_runs(x.value, windows, {}, rows);
           k.linear_backward(out.grad, rows, w.value, drows, w.grad);
           k.fold_runs(drows, y.grad, windows, x.grad);
-        });
+        },
+        {w.grad});
     return y;
   }
 
@@ -84,7 +85,8 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
         k.linear_backward(dgate_up, rows, up.value, drows, up.grad);
         k.add_rows(drows, position.grad);
         k.fold_runs(drows, y.grad, windows, x.grad);
-      });
+      },
+      {position.grad, up.grad, down.grad});
   return y;
 }
 

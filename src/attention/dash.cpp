@@ -70,7 +70,8 @@ class DashAttention : public AttentionMethod {
                                       route_scratch);
           kernels.dash_summaries_backward(k.value, summary.value, routing.chunk, dkbar, k.grad,
                                           summary.grad);
-        });
+        },
+        {k.grad, v.grad, summary.grad});
   }
 
  private:

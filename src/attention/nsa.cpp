@@ -80,7 +80,7 @@ class NsaAttention : public AttentionMethod {
     tape.record(
         "gate", gate.value, logits.grad,
         [=] { kernels.gate(logits.value, bias.value, gate.value); },
-        [=] { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); });
+        [=] { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); }, {bias.grad});
     return gate;
   }
 

@@ -55,7 +55,8 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
           kernels.scale_rows_backward(o.grad, out, x.gate.value, dout, x.gate.grad);
           kernels.attention_backward(q.value, x.k.value, x.v.value, out, dout, lse, x.blocks,
                                      q.grad, x.k.grad, x.v.grad, {}, scratch, !last_one);
-        });
+        },
+        {x.gate.grad, x.k.grad, x.v.grad});
   }
   return mask;
 }

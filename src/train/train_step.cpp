@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/kernels.h"
 #include "optim/adamw.h"
 #include "optim/schedule.h"
 #include "train/together.h"
@@ -68,6 +69,7 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
 void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double loss) {
   char found[256] = {};
   last_micro_ = false;
+  Kernels<Device::cpu>{}.zero(decoder_.params().grads());  // which the step has spoilt
   for (int64_t micro = 0; micro < plan_.accumulate && !found[0]; ++micro) {
     fill(first, micro, sampler);
     tape_.first_non_finite().copy(found, sizeof found - 1);
