@@ -54,6 +54,10 @@ class NsaAttention : public AttentionMethod {
     return specs;
   }
 
+  int64_t products(const HeadShape& s, int64_t tokens) const override {
+    return 2 * s.n_kv_head * compression_.products(s.head_dim, tokens);
+  }
+
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Var* x = in.projected.data();
     NsaInput branches{.q = in.q,

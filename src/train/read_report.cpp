@@ -28,6 +28,10 @@ ReadReport collect_read(Comm& comm, Tensor read) {
     }
   }
   report.all = ratios(total);
+  // Per query, since passes that are computed again for backward count twice.
+  report.flops = total[read_queries] > 0 ? total[read_flops] / total[read_queries] *
+                                               static_cast<double>(read[0] * read[1])
+                                         : 0;
   std::fill_n(read.ptr<double>(), read.numel(), 0.0);
   return report;
 }

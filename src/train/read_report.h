@@ -15,6 +15,7 @@ struct HeadRead {
 
 struct ReadReport {
   HeadRead all;
+  double flops = 0;  // of attention for a token in a training step, over all layers: read_flops
   std::vector<std::vector<HeadRead>> heads;  // [layer][kv head]
 };
 

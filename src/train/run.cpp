@@ -234,12 +234,9 @@ StepMetrics Run::step() {
   const double seconds = seconds_since(begin);
   step_seconds_ = step_seconds_ == 0 ? seconds : 0.9 * step_seconds_ + 0.1 * seconds;
   const double N = config_.data.seq_len, sequences = config_.train.global_batch;
-  // Forward and backward of a product are 2 and 4 operations a weight and token; attention has 4 D
-  // operations a query head and pair forward, twice that backward.
-  const double pairs = result.read.all.density * N * (N + 1) / 2;
-  const double flops = sequences * (6.0 * static_cast<double>(decoder_->matmul_params()) * N +
-                                    12.0 * pairs * config_.model.head_dim * config_.model.n_head *
-                                        config_.model.n_layer);
+  // Forward and backward of a product with weights are 2 and 4 operations a multiplication.
+  const auto products = static_cast<double>(decoder_->products(config_.data.seq_len));
+  const double flops = sequences * (6 * products + result.read.flops * N);
   StepMetrics m;
   m.step = step;
   m.steps = config_.train.steps;
