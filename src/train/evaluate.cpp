@@ -28,7 +28,8 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   require_sequence(store, split, seq_len);
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
-  collect_read(comm, decoder_.read());  // clears what training counted
+  EvalResult result;
+  collect_read(comm, decoder_.read(), result.read);  // clears what training counted
   double sum = 0;
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
     store.read(split, i * available / sequences * seq_len, seq_len + 1, window.data());
@@ -38,11 +39,10 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
     for (int64_t t = 0; t < seq_len; ++t) sum += loss_.ptr<float>()[t];
   }
   comm.sum(&sum, 1);
-  EvalResult result;
   result.tokens = sequences * seq_len;
   result.loss = sum / static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
-  result.read = collect_read(comm, decoder_.read());
+  collect_read(comm, decoder_.read(), result.read);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.tokens_per_second = static_cast<double>(result.tokens) / seconds.count();
   return result;

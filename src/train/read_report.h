@@ -19,7 +19,8 @@ struct ReadReport {
   std::vector<std::vector<HeadRead>> heads;  // [layer][kv head]
 };
 
-/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides.
-ReadReport collect_read(Comm& comm, Tensor read);
+/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides. Allocates
+/// nothing where the report is of the same shape already.
+void collect_read(Comm& comm, Tensor read, ReadReport& report);
 
 }  // namespace entrain

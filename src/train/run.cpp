@@ -223,7 +223,7 @@ void Run::seek_density() {
 StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
-  const StepResult result = step_->run(step, state_.sequences, sampler_);
+  const StepResult& result = step_->run(step, state_.sequences, sampler_);
   double* gamma = decoder_->attention().gamma();
   const double gamma_used = gamma ? *gamma : 0;
   if (controller_) *gamma = controller_->update(result.read.all.density);
