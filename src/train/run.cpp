@@ -40,6 +40,7 @@ class Run {
   void say(const std::string& line) {
     if (main_) console_.say(line);
   }
+  bool complete() const { return state_.step >= config_.train.steps; }
   void start(bool resume);
   void resume_from(const std::string& path);
   void refuse_other_model(const std::string& path, RunConfig before);
@@ -131,7 +132,7 @@ void Run::start(bool resume) {
     } else if (!donor.empty()) {
       init_from(donor);
     }
-    if (!main_) return;
+    if (!main_ || complete()) return;
     metrics_.emplace(config_.dir, state_.step);
     replace_file(config_.dir + "/config.yaml", to_yaml(config_));
   });
@@ -293,7 +294,7 @@ void Run::save() {
 
 RunEnd Run::train(bool resume) {
   start(resume);
-  if (state_.step >= config_.train.steps) {
+  if (complete()) {
     say(fmt::format("{} is complete: {} of {} steps; raise train.steps to go on", config_.dir,
                     state_.step, config_.train.steps));
     return RunEnd::complete;
