@@ -196,12 +196,22 @@ void Run::init_from(const std::string& path) {
     say(fmt::format("  {}: {} ({}{})", what, names.size(), names.front(),
                     names.size() > 1 ? ", ..., " + names.back() : ""));
   };
-  require_tokenizer(path, read_info(path).data_fingerprint, store_);
+  const CheckpointInfo info = read_info(path);
+  require_tokenizer(path, info.data_fingerprint, store_);
   say(fmt::format("starting from {}", path));
   list("parameters taken", shared.taken);
   list("new, started to fit those", shared.adopted);
   list("new, started fresh", shared.fresh);
   list("not used by this model", shared.unused);
+  double* gamma = decoder_->attention().gamma();
+  if (!gamma || !info.state.controller.contains("gamma")) return;
+  const double donors = info.state.controller.at("gamma");
+  if (controller_) {  // it moves on from what these parameters were trained with
+    *gamma = donors;
+    say(fmt::format("  gamma: {:.4g} as there, to seek attention.target_density from", donors));
+  } else {
+    say(fmt::format("  gamma: {:.4g} as configured ({:.4g} there)", *gamma, donors));
+  }
 }
 
 // Untrained routers read everything or nothing: find the gamma that reads the target before the

@@ -230,6 +230,27 @@ TEST_F(Training, StartsFromACheckpointAndBackAcrossMethods) {
   EXPECT_EQ(read_info(checkpoint("run", 1)).state.step, 1);
 }
 
+TEST_F(Training, SeeksDensityFromTheGammaItStartsFrom) {
+  train("donor", sparse + frozen);
+  const double gamma = read_info(checkpoint("donor", 1)).state.controller.at("gamma");
+  const auto start = [&](const std::string& name, const std::string& arguments) {
+    const Ended ended = run(alone(train_line(
+        name, frozen + arguments + " attention.gamma=900 train.init_from=" + (dir / "donor"))));
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    return ended.out;
+  };
+  // The parameters being the donor's, its gamma reads the target.
+  const std::string seeking = start("seeking", sparse);
+  EXPECT_NE(seeking.find(fmt::format("gamma: {:.4g} as there", gamma)), std::string::npos)
+      << seeking;
+  EXPECT_EQ(read_steps(dir / "seeking")[0]["gamma"], gamma);
+  const std::string fixed = start("fixed", dash + "attention.chunk=2");
+  EXPECT_NE(fixed.find(fmt::format("gamma: 900 as configured ({:.4g} there)", gamma)),
+            std::string::npos)
+      << fixed;
+  EXPECT_EQ(read_steps(dir / "fixed")[0]["gamma"], 900);
+}
+
 TEST_F(Training, RefusesWhatItCannotStartFrom) {
   train("donor", "train.steps=1");
   const auto start = [&](const std::string& arguments) {
