@@ -93,6 +93,8 @@ enum ReadField : uint8_t {
   read_causal,   // query-key pairs a causal query could attend
   read_blocks,   // blocks attended, summed over queries
   read_queries,  // queries
+  read_flops,    // operations of products forward + backward in training, of every branch and
+                 // router; not what backward computes again
   read_fields
 };
 
@@ -134,8 +136,9 @@ struct Kernels {
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
   /// Rows that attend nothing give 0. keys: scratch of k's size. read: see ReadField, or empty.
   /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(N), D].
+  /// only_flops: the rest is counted elsewhere.
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
-                 Tensor keys, Tensor read) const;
+                 Tensor keys, Tensor read, bool only_flops = false) const;
   /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's
   /// heads: 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
   /// add_dq: queries that attend several sets of keys sum their gradients.

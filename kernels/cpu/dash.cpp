@@ -316,8 +316,11 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
             for (int64_t c = range.begin; c < range.end; ++c) w[c] = static_cast<T>(tile.w[c]);
           }
           if (read) {
+            double* fields = read.ptr<double>() + r * read_fields;
 #pragma omp atomic
-            read.ptr<double>()[r * read_fields + read_router] += entries;
+            fields[read_router] += entries;
+#pragma omp atomic
+            fields[read_flops] += (2 + 4) * entries * static_cast<double>(s.g * s.D);
           }
         }
       }

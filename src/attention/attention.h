@@ -44,6 +44,9 @@ class AttentionMethod {
   /// Parameters that one layer adds, named within "model.layers.{i}.self_attn.".
   virtual std::vector<ParamSpec> params(const HeadShape&) const { return {}; }
 
+  /// Multiplications forward with the weights among params(), for a sequence of so many tokens.
+  virtual int64_t products(const HeadShape&, int64_t) const { return 0; }
+
   /// Records attention; o [B, Hq, N, D] views the layer's output, which forward writes and whose
   /// gradient backward reads.
   virtual void record(Tape& tape, const AttentionInput& in, Var o) const = 0;

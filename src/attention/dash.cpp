@@ -71,7 +71,8 @@ class DashAttention : public AttentionMethod {
                                       route_scratch);
           kernels.dash_summaries_backward(k.value, summary.value, routing.chunk, dkbar, k.grad,
                                           summary.grad);
-        });
+        },
+        {k.grad, summary.grad});
 
     const Tensor keys = tape.scratch(k.value.shape);
     Tensor token_scratch;
@@ -87,7 +88,8 @@ class DashAttention : public AttentionMethod {
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,
                                      q.grad, k.grad, v.grad, bias.grad, token_scratch);
-        });
+        },
+        {k.grad, v.grad, bias.grad});
   }
 
  private:

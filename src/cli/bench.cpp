@@ -66,22 +66,19 @@ void bench_train(const TrainShape& s) {
   const OptimConfig optim;
   std::vector<double> forward, backward, update, step, share, rates;
   double flops = 0;
-  const int group = s.model.n_head / s.model.n_kv_head;
   for (int i = 0; i <= s.repeats; ++i) {
     Tensor read = decoder.read();
     std::fill_n(read.ptr<double>(), read.numel(), 0.0);
     const double f = timed([&] { tape->forward(); });
-    double pairs = 0;
+    double attention = 0;
     for (int64_t j = 0; j < read.numel(); j += read_fields)
-      pairs += read.ptr<double>()[j + read_pairs];
+      attention += read.ptr<double>()[j + read_flops];
     const double b = timed([&] { tape->backward(); });
     const double u = timed(
         [&] { adamw_step(decoder.params(), optim, i + 1, 1e-4, grad_norm(decoder.params())); });
     const double rate = matmul_rate();
     if (i == 0) continue;  // warms up
-    flops =
-        6.0 * static_cast<double>(decoder.matmul_params()) * static_cast<double>(tokens.numel()) +
-        12.0 * pairs * s.model.head_dim * group;
+    flops = 6.0 * static_cast<double>(s.batch * decoder.products(s.tokens)) + attention;
     forward.push_back(f), backward.push_back(b), update.push_back(u), step.push_back(f + b + u);
     rates.push_back(rate), share.push_back(flops / (f + b + u) / rate);
   }

@@ -60,9 +60,11 @@ Var Tape::shared_var(Shape shape) {
 }
 
 void Tape::record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
-                  std::function<void()> backward) {
+                  std::function<void()> backward, std::vector<Tensor> more_grads) {
   if (!training()) backward = {};
-  entries_.push_back({scope_ + name, value, grad, std::move(forward), std::move(backward), {}});
+  more_grads.push_back(grad);
+  entries_.push_back(
+      {scope_ + name, value, std::move(more_grads), std::move(forward), std::move(backward), {}});
   memory_.scratch.release(0);
 }
 
@@ -142,7 +144,7 @@ std::string Tape::first_non_finite() {
   clear_grads();
   for (size_t i = entries_.size(); i-- > 0;) {
     if (entries_[i].backward) entries_[i].backward();
-    if (!finite(entries_[i].grad)) return entries_[i].name + " (backward)";
+    if (!std::ranges::all_of(entries_[i].grads, finite)) return entries_[i].name + " (backward)";
   }
   return "";
 }

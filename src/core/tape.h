@@ -60,10 +60,11 @@ class Tape {
   Tensor scratch(Shape shape) { return scratch(shape, dtype()); }
   Tensor scratch(Shape shape, DType dtype) { return memory_.scratch.alloc(shape, dtype); }
 
-  /// Adds an op. `value` is what forward writes, `grad` what backward writes or adds to; both are
-  /// what first_non_finite() looks at, and may be empty.
+  /// Adds an op. `value` is what forward writes, `grad` and `more_grads` (of weights, of further
+  /// inputs) what the op writes or adds to on the way back: what first_non_finite() looks at. Each
+  /// may be empty.
   void record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
-              std::function<void()> backward = {});
+              std::function<void()> backward = {}, std::vector<Tensor> more_grads = {});
 
   /// Records body(x) as a unit of memory: what it allocates is given back for the next block where
   /// the mode allows, and only its result stays. The result must share x's gradient, as the
@@ -84,13 +85,14 @@ class Tape {
   void clear_times();
 
   /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if
-  /// none.
+  /// none. Gradients of weights are added to as ever: what they hold before counts.
   std::string first_non_finite();
 
  private:
   struct Entry {
     std::string name;
-    Tensor value, grad;
+    Tensor value;
+    std::vector<Tensor> grads;
     std::function<void()> forward, backward;
     OpTime time;
   };

@@ -171,15 +171,12 @@ Tensor Decoder::logits(Tape& tape, Tensor tokens) {
   return ops::linear(tape, hidden(tape, tokens), head()).value;
 }
 
-int64_t Decoder::matmul_params() const {
-  int64_t n = head().value.numel();
-  for (const Param& p : params_.all()) {
-    if (p.value.shape.rank == 2 && p.name != "lm_head.weight" &&
-        p.name != "model.embed_tokens.weight") {
-      n += p.value.numel();
-    }
-  }
-  return n;
+int64_t Decoder::products(int64_t tokens) const {
+  const ModelConfig& c = config_;
+  int64_t rows = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim + 3 * c.d_ff;  // of d_model weights
+  for (const Projection& x : projections_) rows += x.heads * x.width;
+  const int64_t a_token = (c.n_layer * rows + c.vocab) * c.d_model;
+  return tokens * a_token + c.n_layer * attention_->products(heads_of(c), tokens);
 }
 
 }  // namespace entrain

@@ -36,8 +36,8 @@ class Decoder {
   /// hidden() and the logits, [B N, vocab].
   Tensor logits(Tape& tape, Tensor tokens);
 
-  /// Parameters that take part in matrix products, without the embedding table.
-  int64_t matmul_params() const;
+  /// Multiplications with weights forward, for a sequence of so many tokens.
+  int64_t products(int64_t tokens) const;
 
  private:
   Var layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N);

@@ -11,7 +11,8 @@ void head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale, Tensor lo
   const Tensor logits = tape.scratch({strip, V});
   const Kernels<Device::cpu> k;
   tape.record("head_loss", loss, x.grad,
-              [=] { k.head_loss(x.value, w.value, targets, scale, loss, x.grad, w.grad, logits); });
+              [=] { k.head_loss(x.value, w.value, targets, scale, loss, x.grad, w.grad, logits); },
+              {}, {w.grad});
 }
 
 }  // namespace entrain::ops

@@ -104,7 +104,8 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   require_sequence(store, split, seq_len);
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
-  collect_read(comm, decoder_.read());  // clears what training counted
+  EvalResult result;
+  collect_read(comm, decoder_.read(), result.read);  // clears what training counted
   std::ranges::fill(position_loss_, 0.0);
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
     store.read(split, i * available / sequences * seq_len, seq_len + 1, window.data());
@@ -116,12 +117,11 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
     }
   }
   comm.sum(position_loss_.data(), static_cast<int>(seq_len));
-  EvalResult result;
   result.tokens = sequences * seq_len;
   result.loss = std::accumulate(position_loss_.begin(), position_loss_.end(), 0.0) /
                 static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
-  result.read = collect_read(comm, decoder_.read());
+  collect_read(comm, decoder_.read(), result.read);
   result.loss_by_position = by_stretch(position_loss_, sequences);
   collect_entropy(comm, decoder_.entropy().slice(0, 0, seq_len), result);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;

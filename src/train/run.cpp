@@ -41,6 +41,7 @@ class Run {
   void say(const std::string& line) {
     if (main_) console_.say(line);
   }
+  bool complete() const { return state_.step >= config_.train.steps; }
   void start(bool resume);
   void resume_from(const std::string& path);
   void refuse_other_model(const std::string& path, RunConfig before);
@@ -133,7 +134,7 @@ void Run::start(bool resume) {
     } else if (!donor.empty()) {
       init_from(donor);
     }
-    if (!main_) return;
+    if (!main_ || complete()) return;
     metrics_.emplace(config_.dir, state_.step);
     replace_file(config_.dir + "/config.yaml", to_yaml(config_));
   });
@@ -197,12 +198,22 @@ void Run::init_from(const std::string& path) {
     say(fmt::format("  {}: {} ({}{})", what, names.size(), names.front(),
                     names.size() > 1 ? ", ..., " + names.back() : ""));
   };
-  require_tokenizer(path, read_info(path).data_fingerprint, store_);
+  const CheckpointInfo info = read_info(path);
+  require_tokenizer(path, info.data_fingerprint, store_);
   say(fmt::format("starting from {}", path));
   list("parameters taken", shared.taken);
   list("new, started to fit those", shared.adopted);
   list("new, started fresh", shared.fresh);
   list("not used by this model", shared.unused);
+  double* gamma = decoder_->attention().gamma();
+  if (!gamma || !info.state.controller.contains("gamma")) return;
+  const double donors = info.state.controller.at("gamma");
+  if (controller_) {  // it moves on from what these parameters were trained with
+    *gamma = donors;
+    say(fmt::format("  gamma: {:.4g} as there, to seek attention.target_density from", donors));
+  } else {
+    say(fmt::format("  gamma: {:.4g} as configured ({:.4g} there)", *gamma, donors));
+  }
 }
 
 // Untrained routers read everything or nothing: find the gamma that reads the target before the
@@ -238,7 +249,7 @@ StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
   turn_knobs(step);
-  const StepResult result = step_->run(step, state_.sequences, sampler_);
+  const StepResult& result = step_->run(step, state_.sequences, sampler_);
   double* gamma = decoder_->attention().gamma();
   const double gamma_used = gamma ? *gamma : 0;
   if (controller_) *gamma = controller_->update(result.read.all.density);
@@ -249,12 +260,9 @@ StepMetrics Run::step() {
   const double seconds = seconds_since(begin);
   step_seconds_ = step_seconds_ == 0 ? seconds : 0.9 * step_seconds_ + 0.1 * seconds;
   const double N = config_.data.seq_len, sequences = config_.train.global_batch;
-  // Forward and backward of a product are 2 and 4 operations a weight and token; attention has 4 D
-  // operations a query head and pair forward, twice that backward.
-  const double pairs = result.read.all.density * N * (N + 1) / 2;
-  const double flops = sequences * (6.0 * static_cast<double>(decoder_->matmul_params()) * N +
-                                    12.0 * pairs * config_.model.head_dim * config_.model.n_head *
-                                        config_.model.n_layer);
+  // Forward and backward of a product with weights are 2 and 4 operations a multiplication.
+  const auto products = static_cast<double>(decoder_->products(config_.data.seq_len));
+  const double flops = sequences * (6 * products + result.read.flops * N);
   StepMetrics m;
   m.step = step;
   m.steps = config_.train.steps;
@@ -314,7 +322,7 @@ void Run::save() {
 
 RunEnd Run::train(bool resume) {
   start(resume);
-  if (state_.step >= config_.train.steps) {
+  if (complete()) {
     say(fmt::format("{} is complete: {} of {} steps; raise train.steps to go on", config_.dir,
                     state_.step, config_.train.steps));
     return RunEnd::complete;

@@ -368,6 +368,7 @@ TEST(DashAttention, CountsWhatItReads) {
   EXPECT_EQ(dash.a.read_sum(read_router), candidates);
   EXPECT_EQ(dash.a.read_sum(read_causal), 4 * 48 * 49 / 2);
   EXPECT_EQ(dash.a.read_sum(read_queries), 4 * 48);
+  EXPECT_EQ(dash.a.read_sum(read_flops), (12 * pairs + 6 * candidates) * 2 * 8);
 }
 
 // 70 chunks: masks of two words.
