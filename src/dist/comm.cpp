@@ -21,6 +21,7 @@ class SingleProcess final : public Comm {
   void broadcast(void*, size_t, int) override {}
   void barrier() override {}
   void fail_together() override {}
+  bool recover() override { return true; }
   [[noreturn]] void abort(int code) override {
     std::fflush(nullptr);
     std::_Exit(code);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <utility>
 #include <vector>
 
 namespace entrain {
@@ -74,6 +75,7 @@ class MpiComm final : public Comm {
   void barrier() override { MPI_Barrier(MPI_COMM_WORLD); }
 
   void fail_together() override { all_fail_ = true; }
+  bool recover() override { return std::exchange(all_fail_, false); }
 
   [[noreturn]] void abort(int code) override {
     MPI_Abort(MPI_COMM_WORLD, code);
