@@ -320,9 +320,7 @@ RunEnd Run::train(bool resume) {
     const auto due = [&](int64_t every) { return last || (every > 0 && state_.step % every == 0); };
     if (due(config_.eval.every)) evaluate();
     if (due(config_.checkpoint.every)) save();
-    double stop = stop_requested() ? 1 : 0;
-    comm_.max(&stop, 1);
-    if (stop > 0 && !last) {
+    if (stop_requested(comm_) && !last) {
       save();
       say(fmt::format("stopped by a signal after step {}; continue with --resume", state_.step));
       return RunEnd::stopped;

@@ -91,7 +91,7 @@ class Expansion {
     StudyRun run;
     run.dense = file_.continued() && !dense;
     run.name = name_of(draft.config(), settings, run.dense);
-    run.varied = varied(draft.config(), settings);
+    if (!run.dense) run.varied = varied(draft.config(), settings);
     draft.set("run.dir", fmt::format("{}/runs/{}", file_.dir, run.name), file_.name);
     if (dense) {
       const TrainConfig& before = dense->config.train;

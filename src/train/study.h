@@ -9,11 +9,11 @@
 namespace entrain {
 
 struct StudyRun {
-  std::string name;               // "dash-target_density0.25-seed1", "dense-seed1": its folder's
-  RunConfig config;               // complete; run.dir is STUDY.DIR/runs/NAME
-  bool dense = false;             // trained for others to continue from, not to be compared
-  std::string init_from;          // name of the dense run that it continues; empty: from scratch
-  nlohmann::ordered_json varied;  // what the file sets for this run beyond the base, by key
+  std::string name;       // "dash-target_density0.25-seed1", "dense-seed1": its folder's
+  RunConfig config;       // complete; run.dir is STUDY.DIR/runs/NAME
+  bool dense = false;     // trained for others to continue from, not to be compared
+  std::string init_from;  // name of the dense run that it continues; empty: from scratch
+  nlohmann::ordered_json varied = nlohmann::ordered_json::object();  // set by the grid, by key
 };
 
 struct Study {

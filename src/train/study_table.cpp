@@ -1,6 +1,7 @@
 #include "train/study_table.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "train/terminal.h"
 
@@ -14,7 +15,8 @@ constexpr const char *waiting = "waiting", *running = "running", *evaluating = "
                      *complete = "done", *failed = "failed", *stopped = "stopped";
 
 double number(const Json& result, const char* key) {
-  return result[key].is_number() ? result[key].get<double>() : NAN;
+  const auto found = result.find(key);
+  return found != result.end() && found->is_number() ? found->get<double>() : NAN;
 }
 
 std::string numbers_of(const Json& result) {
@@ -97,7 +99,9 @@ void StudyTable::stop() {
 void StudyTable::finish() {
   if (terminal_) {
     draw();
-    fmt::print(out_, "{}", clear_line);
+    for (const Row& row : rows_) {
+      if (!row.why.empty()) fmt::print(out_, "{}{}: {}\n", clear_line, row.name, row.why);
+    }
     drawn_ = 0;
   } else {
     fmt::print(out_, "{}\n{}\n", title(), head());
