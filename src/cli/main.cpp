@@ -27,7 +27,8 @@ constexpr const char* footer =
     "  0  done\n"
     "  1  an error, named on the last line\n"
     "  2  wrong usage or configuration; nothing was started\n"
-    "  3  stopped by a signal after saving a checkpoint; continue with --resume\n";
+    "  3  stopped by a signal after saving a checkpoint; continue with --resume\n"
+    "     (sweep: with the same command)\n";
 
 int report(const std::string& message, ExitCode code) {
   std::string line = "entrain: " + message;

@@ -55,7 +55,7 @@ nlohmann::ordered_json to_json(const StepMetrics& m) {
           {"seconds_left", m.seconds_left}};
 }
 
-std::vector<Json> read_metrics(const std::string& dir) {
+std::vector<Json> read_metric_lines(const std::string& dir) {
   std::vector<Json> lines;
   for_each_line(read_file(dir + "/metrics.jsonl"),
                 [&](const std::string&, Json json) { lines.push_back(std::move(json)); });

@@ -29,7 +29,7 @@ struct StepMetrics {
 nlohmann::ordered_json to_json(const StepMetrics& metrics);
 
 /// The whole lines of dir/metrics.jsonl. Throws Error when there is no such file.
-std::vector<nlohmann::ordered_json> read_metrics(const std::string& dir);
+std::vector<nlohmann::ordered_json> read_metric_lines(const std::string& dir);
 
 class MetricsWriter {
  public:

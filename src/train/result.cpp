@@ -40,7 +40,7 @@ void add_training(Json& result, const RunConfig& config, int ranks) {
     result["train_tokens_per_second"] = median(rates);
     result["wall_seconds"] = seconds;
   }
-  const std::vector<double> peaks = values_of(read_metrics(config.dir), "peak_memory_bytes");
+  const std::vector<double> peaks = values_of(read_metric_lines(config.dir), "peak_memory_bytes");
   if (!peaks.empty()) result["peak_memory_bytes"] = static_cast<int64_t>(std::ranges::max(peaks));
   const std::vector<double> attention = values_of(steps, "attention_seconds");
   // Ranks work side by side, each on its share of the step's sequences.
@@ -121,7 +121,7 @@ void write_result(const std::string& run_dir, const Json& result) {
 }
 
 std::vector<Json> read_training(const std::string& run_dir) {
-  std::vector<Json> lines = read_metrics(run_dir);
+  std::vector<Json> lines = read_metric_lines(run_dir);
   std::erase_if(lines, [](const Json& line) { return !line.contains("loss"); });
   require(!lines.empty(), "{}/metrics.jsonl has no training step; remove the folder to train anew",
           run_dir);

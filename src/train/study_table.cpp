@@ -92,8 +92,14 @@ void StudyTable::fail(size_t run, const std::string& why) {
 }
 
 void StudyTable::stop() {
-  rows_[current_].state = stopped;
-  announce(fmt::format("stopped by a signal after step {}", last_.step));
+  if (rows_[current_].state == running) {
+    rows_[current_].state = stopped;
+    announce(fmt::format("stopped by a signal after step {}", last_.step));
+  }
+  fmt::print(out_, "{}study {}: stopped; the same command goes on\n", terminal_ ? clear_line : "",
+             study_);
+  std::fflush(out_);
+  drawn_ = 0;
 }
 
 void StudyTable::finish() {
@@ -102,12 +108,12 @@ void StudyTable::finish() {
     for (const Row& row : rows_) {
       if (!row.why.empty()) fmt::print(out_, "{}{}: {}\n", clear_line, row.name, row.why);
     }
-    drawn_ = 0;
   } else {
     fmt::print(out_, "{}\n{}\n", title(), head());
     for (const Row& row : rows_) fmt::print(out_, "{}\n", line(row));
   }
   std::fflush(out_);
+  drawn_ = 0;
 }
 
 void StudyTable::announce(const std::string& what) {

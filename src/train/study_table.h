@@ -31,6 +31,7 @@ class StudyTable final : public Listener {
   void evaluate();
   void done(const nlohmann::ordered_json& result);
   void fail(size_t run, const std::string& why);
+  /// A signal ended the study, and the current run where one was under way.
   void stop();
   void finish();
 

@@ -24,6 +24,7 @@ class Sweep {
 
  private:
   void find_done();
+  bool train_missing();
   bool attempt(size_t i);
   void fail_run(size_t i, const std::string& why);
   void update_results();
@@ -42,19 +43,28 @@ RunEnd Sweep::run() {
   find_done();
   update_results();  // an earlier call may have ended between a run's result and these
   if (main_) table_.show();
-  for (size_t i = 0; i < study_.runs.size(); ++i) {
-    const StudyRun& run = study_.runs[i];
-    if (done_[i] == '1') continue;
-    if (stop_requested(comm_)) return RunEnd::stopped;
-    if (failed_.contains(run.init_from)) {
-      fail_run(i, fmt::format("not started, as {} failed", run.init_from));
-    } else if (!attempt(i)) {
-      return RunEnd::stopped;
-    }
+  if (!train_missing()) {
+    if (main_) table_.stop();
+    return RunEnd::stopped;
   }
   if (main_) table_.finish();
   report();
   return RunEnd::complete;
+}
+
+// False when a signal stopped it.
+bool Sweep::train_missing() {
+  for (size_t i = 0; i < study_.runs.size(); ++i) {
+    const StudyRun& run = study_.runs[i];
+    if (done_[i] == '1') continue;
+    if (stop_requested(comm_)) return false;
+    if (failed_.contains(run.init_from)) {
+      fail_run(i, fmt::format("not started, as {} failed", run.init_from));
+    } else if (!attempt(i)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 // What rank 0 sees counts for all.
@@ -83,10 +93,7 @@ bool Sweep::attempt(size_t i) {
   const StudyRun& run = study_.runs[i];
   if (main_) table_.start(i);
   try {
-    if (train(run.config, /*resume=*/true, comm_, table_) == RunEnd::stopped) {
-      if (main_) table_.stop();
-      return false;
-    }
+    if (train(run.config, /*resume=*/true, comm_, table_) == RunEnd::stopped) return false;
     if (main_) table_.evaluate();
     const RunEvaluation evaluation = evaluate_run(run.config.dir, {}, comm_);
     together(comm_, [&] {

@@ -278,7 +278,7 @@ TEST_F(Sweep, GoesOnAfterBeingKilledAtAnyMoment) {
 }
 
 TEST_F(Sweep, GoesOnAfterASignal) {
-  change("steps: 8", "steps: 300");
+  change("steps: 8", "steps: 150");
   change("[1, 2]", "[1]");
   change("[0.5, 0.4]", "0.5");
   for (const auto& [number, count] : {std::pair{SIGTERM, 0}, {SIGINT, 0}, {SIGUSR1, 2}}) {
@@ -289,11 +289,12 @@ TEST_F(Sweep, GoesOnAfterASignal) {
     const Ended stopped = first.wait();
     ASSERT_EQ(stopped.code, 3) << stopped.err << stopped.out;
     const auto steps = static_cast<int64_t>(read_steps(folder("full-seed1")).size());
-    ASSERT_LT(steps, 300);
+    ASSERT_LT(steps, 150);
     EXPECT_NE(stopped.out.find(
                   fmt::format("[2/3] full-seed1: stopped by a signal after step {}\n", steps)),
               std::string::npos)
         << stopped.out;
+    EXPECT_TRUE(stopped.out.ends_with("study study: stopped; the same command goes on\n"));
     EXPECT_TRUE(std::filesystem::exists(checkpoint("study/runs/full-seed1", steps)));
     EXPECT_FALSE(std::filesystem::exists(folder("dash-target_density0.5-seed1")));
     complete(count);
@@ -345,8 +346,10 @@ TEST_F(Sweep, RefusesBadStudiesBeforeAnythingStarts) {
   refused("target_density", "targt_density",
           {"study.yaml:13", "attention.targt_density", "did you mean attention.target_density?"});
   refused("0.4", "0.01", {"study.yaml:13", "0.01 is below the floor", "dash-target_density0.01"});
-  refused("attention.method: full", "attention.method: nsa, attention.topk: [4, 0]",
-          {"study.yaml:12", "attention.topk 0 is less than the forced blocks"});
+  refused("attention.method: full",
+          "attention.method: nsa, attention.init_blocks: 2, attention.topk: [4, 2]",
+          {"study.yaml:12", "attention.topk 2 is less than the forced blocks",
+           "run nsa-init_blocks2-topk2"});
   write_file(dir / "study.yaml", good);
   std::filesystem::rename(dir / "tokens.h5", dir / "elsewhere.h5");
   expect_refused({"tokens.h5"}, 1);

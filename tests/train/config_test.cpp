@@ -339,6 +339,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"attention.target_density", {"-0.1", "1.1"}},
       {"data.path", {""}},
       {"data.seq_len", {"1"}},
+      {"data.skip", {"-1"}},
       {"train.steps", {"0"}},
       {"train.global_batch", {"0", "3"}},
       {"train.micro_batch", {"0", "9"}},
