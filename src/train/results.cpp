@@ -114,6 +114,7 @@ void write_training(h5::File& file, const std::string& group, const std::string&
   const std::vector<Json> steps = read_training(dir);
   for (const char* key : {"step", "loss", "density", "tokens_per_second"}) {
     std::vector<double> values;
+    values.reserve(steps.size());
     for (const Json& step : steps) values.push_back(number(step.value(key, Json())));
     write(file, group + "/" + key, std::move(values), {std::ssize(steps)});
   }

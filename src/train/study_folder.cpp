@@ -74,11 +74,11 @@ void require_startable(const Study& study, const std::vector<size_t>& runs, Comm
   std::set<std::pair<std::string, int>> seen;
   for (const size_t i : runs) {
     const RunConfig& config = study.runs[i].config;
-    BatchPlan(config.train, comm.size());
+    const BatchPlan shared(config.train, comm.size());
     if (comm.rank() != 0 || !seen.emplace(config.data.path, config.data.seq_len).second) continue;
     const TokenStore store(config.data.path, /*verify=*/false);  // each run verifies
     require_sequence(store, Split::validation, config.data.seq_len);
-    Sampler(store, config.data.seq_len, config.train.seed);
+    const Sampler sampler(store, config.data.seq_len, config.train.seed);
     for (const StudyRun& other : study.runs) {
       const std::optional<Json> result = read_result(other.config.dir);
       if (!result || other.config.data.path != config.data.path) continue;
