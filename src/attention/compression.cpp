@@ -40,7 +40,7 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
     return y;
   }
 
-  const Tensor rows = tape.scratch({count, width}), mean = tape.scratch({count, D});
+  const Tensor rows = tape.scratch({count, width}), mean = tape.scratch({B, H, W, D});
   const Tensor drows = tape.training() ? tape.scratch(rows.shape) : Tensor{};
   if (kind_ == Kind::linear) {
     const Var w = matrix(params[0], {D, width});

@@ -31,7 +31,7 @@ class InfLlmV2Attention : public AttentionMethod {
     const Tensor pooled = tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
     tape.record("selection", {}, {}, [=, read = in.read] {
       kernels.pool_runs(k.value, selection.runs(), pooled);
-      kernels.select_blocks(q.value, pooled, selection, blocks.mask, read);
+      kernels.select_blocks(q.value, pooled, selection, blocks, read);
     });
 
     const Tensor keys = tape.scratch(k.value.shape);

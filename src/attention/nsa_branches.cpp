@@ -24,7 +24,7 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
   const BlockSet last{.window = window};
 
   tape.record("selection", {}, {}, [=, read = in.read] {
-    kernels.select_blocks(q.value, kc.value, selection, mask, read);
+    kernels.select_blocks(q.value, kc.value, selection, selected, read);
     kernels.read_window(selected, window, read);
   });
 
