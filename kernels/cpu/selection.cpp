@@ -19,7 +19,7 @@ struct WindowTile : ScoreTile {
     ScoreTile::reserve(s, windows);
     grow(weights, windows);
     grow(scores, blocks);
-    ranked.reserve(static_cast<size_t>(blocks));
+    grow(ranked, blocks);
   }
 
   /// weights [visible]: each head's softmax over the visible windows, summed over the heads.
@@ -89,8 +89,8 @@ struct WindowTile : ScoreTile {
     double least = -1;  // the lowest score taken
     int64_t ties = 0;   // blocks of that score taken
     if (end - begin > left) {
-      ranked.assign(scores.begin() + begin, scores.begin() + end);
-      std::nth_element(ranked.begin(), ranked.begin() + left - 1, ranked.end(), std::greater<>());
+      const auto last = std::copy(scores.begin() + begin, scores.begin() + end, ranked.begin());
+      std::nth_element(ranked.begin(), ranked.begin() + left - 1, last, std::greater<>());
       least = ranked[left - 1];
       ties = std::count(ranked.begin(), ranked.begin() + left, least);
     }

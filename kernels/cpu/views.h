@@ -15,11 +15,8 @@ struct HeadView {
   int64_t batch_step, head_step, token_step;
 
   explicit HeadView(const Tensor& t)
-      : data(t.ptr<T>()),
-        batch_step(t.stride[0]),
-        head_step(t.stride[1]),
-        token_step(t.stride[2]) {
-    require(t.shape.rank == 4, "{} are not rows of heads", t.shape.to_string());
+      : data(t.ptr<T>()), batch_step(t.stride[0]), head_step(t.stride[1]), token_step(t.stride[2]) {
+    if (t.shape.rank != 4) fail("{} are not rows of heads", t.shape.to_string());
   }
   T* at(int64_t b, int64_t h, int64_t i) const {
     return data + b * batch_step + h * head_step + i * token_step;
@@ -38,8 +35,9 @@ struct AttentionShape {
         D(q[3]),
         g(Hkv > 0 ? Hq / Hkv : 0),
         keys(runs.within(first + N)) {
-    require(q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == keys && k[3] == D && g * Hkv == Hq,
-            "attention of queries {} over keys {}", q.to_string(), k.to_string());
+    const bool fit =
+        q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == keys && k[3] == D && g * Hkv == Hq;
+    if (!fit) fail("attention of queries {} over keys {}", q.to_string(), k.to_string());
   }
   /// Queries handled together: about 512 (query, head) rows, where there are so many.
   int64_t tile() const { return std::min(std::max<int64_t>(1, N), g >= 32 ? 16 : 512 / g); }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/queries.h"
 #include "core/params.h"
 #include "core/tape.h"
 #include "kernels/kernels.h"
@@ -23,7 +24,10 @@ class Compression {
   std::vector<ParamSpec> params(const std::string& name, int64_t head_dim) const;
 
   /// Records x [B, H, N, D] (a view) to [B, H, windows.within(N), D]; writes x's gradient whole.
-  Var record(Tape& tape, Var x, std::span<const Var> params) const;
+  /// While decoding, x and the result, `cache`, have room for tokens to come, and forward adds the
+  /// windows that the queries complete.
+  Var record(Tape& tape, Var x, std::span<const Var> params, Queries queries,
+             Tensor cache = {}) const;
 
   static std::vector<const char*> kinds() { return {"mlp", "linear", "mean"}; }
 
