@@ -8,6 +8,9 @@ namespace entrain {
 /// threads as this process has.
 double matmul_rate(int n = 1024);
 
+/// Bytes of memory this machine has.
+size_t physical_bytes();
+
 /// Bytes this process holds in memory now, and the most it has held.
 size_t resident_bytes();
 size_t peak_resident_bytes();

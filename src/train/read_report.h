@@ -18,7 +18,10 @@ struct ReadReport {
   std::vector<std::vector<HeadRead>> heads;  // [layer][kv head]
 };
 
-/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides.
+/// The ratios of counters f64 [n_layer, Hkv, read_fields].
+ReadReport read_report(Tensor read);
+
+/// Sums the counters over ranks, reports and clears them.
 ReadReport collect_read(Comm& comm, Tensor read);
 
 }  // namespace entrain
