@@ -19,7 +19,6 @@
 #include "train/checkpoint.h"
 #include "train/config.h"
 #include "train/machine.h"
-#include "train/read_report.h"
 
 namespace entrain::cli {
 namespace {
@@ -111,6 +110,13 @@ void put(const std::string& bytes) {
   require(written, "standard output: {}", std::strerror(errno));
 }
 
+/// Over all layers and heads.
+double sum(Tensor read, ReadField field) {
+  double total = 0;
+  for (int64_t i = field; i < read.numel(); i += read_fields) total += read.ptr<double>()[i];
+  return total;
+}
+
 void run(const Options& options) {
   TokenChoice choice = make_choice(options);
   if (options.tokens < 1) throw ConfigError("--tokens must be at least 1");
@@ -135,14 +141,15 @@ void run(const Options& options) {
   }
   const double seconds = watch.lap();
 
-  const HeadRead read = read_report(decoder->read()).all;
+  const Tensor read = decoder->read();
   fmt::print(stderr,
              "{}{} tokens{} in {:.2f} s, {:.1f} tokens/s, after {} of the prompt in {:.2f} s; "
              "density {:.4f}, router density {:.4f}\n",
              isatty(STDOUT_FILENO) ? "\n" : "", count,
              count < options.tokens ? " to the end of the document" : "", seconds,
-             static_cast<double>(count) / seconds, prompt.size(), prompt_seconds, read.density,
-             read.router_density);
+             static_cast<double>(count) / seconds, prompt.size(), prompt_seconds,
+             sum(read, read_pairs) / sum(read, read_causal),
+             sum(read, read_router) / sum(read, read_causal));
 }
 
 }  // namespace

@@ -15,8 +15,9 @@ HeadRead ratios(const double* fields) {
 
 }  // namespace
 
-ReadReport read_report(Tensor read) {
-  const double* fields = read.ptr<double>();
+ReadReport collect_read(Comm& comm, Tensor read) {
+  double* fields = read.ptr<double>();
+  comm.sum(fields, static_cast<int>(read.numel()));
   ReadReport report;
   double total[read_fields] = {};
   for (int64_t layer = 0; layer < read[0]; ++layer) {
@@ -27,12 +28,6 @@ ReadReport read_report(Tensor read) {
     }
   }
   report.all = ratios(total);
-  return report;
-}
-
-ReadReport collect_read(Comm& comm, Tensor read) {
-  comm.sum(read.ptr<double>(), static_cast<int>(read.numel()));
-  ReadReport report = read_report(read);
   std::fill_n(read.ptr<double>(), read.numel(), 0.0);
   return report;
 }

@@ -18,10 +18,7 @@ struct ReadReport {
   std::vector<std::vector<HeadRead>> heads;  // [layer][kv head]
 };
 
-/// The ratios of counters f64 [n_layer, Hkv, read_fields].
-ReadReport read_report(Tensor read);
-
-/// Sums the counters over ranks, reports and clears them.
+/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides.
 ReadReport collect_read(Comm& comm, Tensor read);
 
 }  // namespace entrain

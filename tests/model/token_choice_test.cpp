@@ -20,8 +20,8 @@ struct Logits {
 /// The share of each token in so many draws.
 std::map<int32_t, double> shares(const std::vector<double>& probabilities, double temperature,
                                  double top_p) {
-  std::vector<double> z;
-  for (const double p : probabilities) z.push_back(std::log(p));
+  std::vector<double> z = probabilities;
+  for (double& x : z) x = std::log(x);
   const Logits logits(z);
   TokenChoice choice(temperature, top_p, 7);
   std::map<int32_t, double> shares;
