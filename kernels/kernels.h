@@ -5,7 +5,8 @@
 // Conventions. Activations and their gradients are overwritten; gradients of parameters are added
 // to (names end in _sum). Matrices are row-major. B batch, N tokens of a sequence, T = B N tokens,
 // Hq query heads, Hkv key-value heads, g = Hq / Hkv, D head_dim, M = ceil(N / block) blocks. q is
-// [B, Hq, N, D], k and v are [B, Hkv, N, D], as strided views whose last stride is 1.
+// [B, Hq, N, D], k and v are [B, Hkv, N, D], as strided views whose last stride is 1. While
+// decoding, the N queries are the tokens from BlockSet::first on and k and v hold first + N.
 #include "core/tensor.h"
 
 namespace entrain {
@@ -30,6 +31,7 @@ struct BlockSet {
   Tensor bias = {};    // f32 [B, Hkv, N, M]; empty: 0
   int64_t window = 0;  // > 0: only the last `window` keys up to the query, exactly
   Runs keys = {};      // what a key stands for; a query sees it once it is complete
+  int64_t first = 0;   // the token that the first query is; mask and bias may then be wider
 };
 
 /// How the heads of a group come to one distribution over chunks, w.
@@ -102,6 +104,8 @@ template <Device>
 struct Kernels {
   void zero(Tensor x) const;
   void copy(Tensor from, Tensor to) const;
+  /// to = from, two views [B, H, N, D] whose last stride is 1
+  void copy_rows(Tensor from, Tensor to) const;
   /// y = a + b
   void add(Tensor a, Tensor b, Tensor y) const;
 
@@ -134,8 +138,9 @@ struct Kernels {
                  Tensor dw_sum, Tensor logits) const;
 
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
-  /// Rows that attend nothing give 0. keys: scratch of k's size. read: see ReadField, or empty.
-  /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(N), D].
+  /// Rows that attend nothing give 0. read: see ReadField, or empty. keys: scratch of k's size, for
+  /// all keys at once; empty: only what is attended is prepared, for each tile of queries anew.
+  /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(first + N), D].
   /// only_flops: the rest is counted elsewhere.
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
                  Tensor keys, Tensor read, bool only_flops = false) const;
@@ -147,13 +152,13 @@ struct Kernels {
                           Tensor scratch, bool add_dq = false) const;
   static int64_t attention_backward_scratch(const Shape& q, const Shape& k);
 
-  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D]; s f32 [Hkv, D], or empty for means.
-  /// Others are set to 0.
+  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D], a view; s f32 [Hkv, D], or empty for
+  /// means. Others are set to 0.
   void dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const;
   void dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar, Tensor dk_sum,
                                Tensor ds_sum) const;
   /// Routing: tau f64 [B, Hq, N] the entmax thresholds, blocks.mask and blocks.bias as attention
-  /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w.
+  /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is kbar's.
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                   const BlockSet& blocks, Tensor weights, Tensor read) const;
   /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D].
@@ -166,7 +171,7 @@ struct Kernels {
                     Tensor entropy) const;
 
   /// Means of the rows of x [B, H, N, D] over runs of tokens: pooled f64 or x's type
-  /// [B, H, W, D], W = runs.within(N).
+  /// [B, H, W, D], a view, W = runs.within(N).
   void pool_runs(Tensor x, Runs runs, Tensor pooled) const;
   /// Rows of runs side by side, plus offset [length D] (or empty): rows [B H W, length D].
   void unfold_runs(Tensor x, Runs runs, Tensor offset, Tensor rows) const;
@@ -176,11 +181,11 @@ struct Kernels {
   /// sum [n] += the rows of x [rows, n]
   void add_rows(Tensor x, Tensor sum) const;
 
-  /// mask as attention takes it: the forced blocks, then the best-scored, topk in all. A query's
-  /// softmax over the keys of windows it sees, [B, Hkv, W, D] f64 or q's type, summed over the
-  /// group's heads, weighs windows; selection.score says what a block makes of them. Equal scores
-  /// go to the lower block.
-  void select_blocks(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask,
+  /// blocks.mask as attention takes it: the forced blocks, then the best-scored, topk in all. A
+  /// query's softmax over the keys of windows it sees, a view [B, Hkv, W, D] f64 or q's type,
+  /// summed over the group's heads, weighs windows; selection.score says what a block makes of
+  /// them. Equal scores go to the lower block.
+  void select_blocks(Tensor q, Tensor keys, const BlockSelection& selection, const BlockSet& blocks,
                      Tensor read) const;
   /// Counts, as pairs, the last `window` tokens of each query that no block of its mask holds.
   void read_window(const BlockSet& blocks, int64_t window, Tensor read) const;

@@ -48,7 +48,8 @@ class Sight {
 /// Queries of a tile that attend one block, as offsets into the tile.
 class Picker {
  public:
-  Picker(const BlockSet& blocks, const AttentionShape& s) : s_(s), sight_(blocks) {
+  Picker(const BlockSet& blocks, const AttentionShape& s)
+      : s_(s), sight_(blocks), start_(blocks.first) {
     if (!blocks.mask) return;
     mask_ = blocks.mask.ptr<uint64_t>();
     words_ = blocks.mask[3];
@@ -57,8 +58,9 @@ class Picker {
   void pick(int64_t b, int64_t r, int64_t first, int64_t count, int64_t c,
             std::vector<int32_t>& picked) const {
     picked.clear();
-    const int64_t begin = std::max<int64_t>(0, sight_.first_token(c) - first);
-    const int64_t end = std::min(first + count, sight_.last_token(c)) - first;
+    const int64_t token = start_ + first;
+    const int64_t begin = std::max<int64_t>(0, sight_.first_token(c) - token);
+    const int64_t end = std::min(token + count, sight_.last_token(c)) - token;
     if (!mask_) {
       for (int64_t i = begin; i < end; ++i) picked.push_back(static_cast<int32_t>(i));
       return;
@@ -72,6 +74,7 @@ class Picker {
  private:
   AttentionShape s_;
   Sight sight_;
+  int64_t start_;
   const uint64_t* mask_ = nullptr;
   int64_t words_ = 0;
 };
@@ -137,6 +140,7 @@ struct Scratch {
   std::vector<T> q, o, dout, dq;  // tiles
   std::vector<T> row_max, row_sum, delta;
   std::vector<T> gathered_q, gathered_o, s, ds, partial, correction;
+  std::vector<T> kt;  // a block of keys, transposed
 
   void reserve(const AttentionShape& shape, int64_t block, int64_t queries, bool backward) {
     const auto tile_rows = static_cast<size_t>(shape.tile() * shape.g);
@@ -155,6 +159,7 @@ struct Scratch {
     grow(s, rows * width);
     grow(partial, rows * D);
     grow(correction, rows);
+    grow(kt, width * D);
     if (!backward) return;
     grow(dout, tile_rows * D);
     grow(dq, tile_rows * D);
@@ -176,19 +181,19 @@ int64_t batch_of(const AttentionShape& s) {
 template <class T>
 void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
              Tensor keys, Tensor read, bool only_flops) {
-  const AttentionShape s(q.shape, k.shape, blocks.keys);
-  const HeadView<T> qv(q), vv(v), ov(o);
-  const int64_t block = blocks.block, M = (s.keys + block - 1) / block, batch = batch_of(s);
+  const AttentionShape s(q.shape, k.shape, blocks.keys, blocks.first);
+  const HeadView<T> qv(q), kv(k), vv(v), ov(o);
+  const int64_t block = blocks.block, M = blocks.bias ? blocks.bias[3] : 0, batch = batch_of(s);
   const T scale = T{1} / std::sqrt(static_cast<T>(s.D));
   const Sight sight(blocks);
   const Picker picker(blocks, s);
   const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
   T* log_sums = lse.ptr<T>();
-  T* kt = keys.ptr<T>();
-  transpose_blocks(k, block, kt);
+  T* kt = keys ? keys.ptr<T>() : nullptr;
+  if (kt) transpose_blocks(k, block, kt);
 
 #pragma omp parallel
-  scratch_of_thread<T>.reserve(s, std::min(block, s.N), batch, false);
+  scratch_of_thread<T>.reserve(s, std::min(block, s.keys), batch, false);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
     for (int64_t b = 0; b < s.B; ++b) {
@@ -200,13 +205,20 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
         std::fill_n(w.o.begin(), rows * s.D, T{0});
         std::fill_n(w.row_max.begin(), rows, -infinity<T>);
         std::fill_n(w.row_sum.begin(), rows, T{0});
-        for (int64_t i = 0; i < count; ++i) w.seen[i] = sight.end(first + i);
+        const int64_t token = blocks.first + first;
+        for (int64_t i = 0; i < count; ++i) w.seen[i] = sight.end(token + i);
         double pairs = 0, visits = 0;
 
-        for (int64_t c = sight.first_block(first); c * block < w.seen[count - 1]; ++c) {
+        for (int64_t c = sight.first_block(token); c * block < w.seen[count - 1]; ++c) {
           const int64_t width = std::min(block, s.keys - c * block);
-          const T* kt_block = kt + ((b * s.Hkv + r) * s.keys + c * block) * s.D;
           picker.pick(b, r, first, count, c, w.picked);
+          if (w.picked.empty()) continue;
+          const T* kt_block = w.kt.data();
+          if (kt) {
+            kt_block = kt + ((b * s.Hkv + r) * s.keys + c * block) * s.D;
+          } else {
+            tile::transpose(width, s.D, kv.at(b, r, c * block), kv.token_step, w.kt.data(), width);
+          }
           visits += static_cast<double>(w.picked.size());
           for (size_t at = 0; at < w.picked.size(); at += static_cast<size_t>(batch)) {
             const int32_t* picked = w.picked.data() + at;
@@ -215,11 +227,11 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
             tile::gemm(n * s.g, width, s.D, qg, s.D, int64_t{1}, kt_block, width, w.s.data(),
                        width);
             for (int64_t i = 0; i < n; ++i) {
-              const int64_t token = first + picked[i];
+              const int64_t query = first + picked[i];
               const int64_t seen = w.seen[picked[i]];
               const int64_t begin = std::max<int64_t>(0, sight.begin(seen) - c * block);
               const int64_t end = std::min(width, seen - c * block);
-              const T shift = bias ? bias[((b * s.Hkv + r) * s.N + token) * M + c] : T{0};
+              const T shift = bias ? bias[((b * s.Hkv + r) * s.N + query) * M + c] : T{0};
               pairs += static_cast<double>(end - begin);
               for (int64_t h = 0; h < s.g; ++h) {
                 T* p = w.s.data() + (i * s.g + h) * width;
@@ -277,7 +289,7 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
           fields[read_queries] += static_cast<double>(count);
 #pragma omp atomic
           fields[read_causal] +=
-              static_cast<double>(count) * static_cast<double>(2 * first + count + 1) / 2;
+              static_cast<double>(count) * static_cast<double>(2 * token + count + 1) / 2;
         }
       }
     }

@@ -9,6 +9,12 @@ void sgemm_(const char* transa, const char* transb, const int* m, const int* n, 
 void dgemm_(const char* transa, const char* transb, const int* m, const int* n, const int* k,
             const double* alpha, const double* a, const int* lda, const double* b, const int* ldb,
             const double* beta, double* c, const int* ldc);
+void sgemv_(const char* trans, const int* m, const int* n, const float* alpha, const float* a,
+            const int* lda, const float* x, const int* incx, const float* beta, float* y,
+            const int* incy);
+void dgemv_(const char* trans, const int* m, const int* n, const double* alpha, const double* a,
+            const int* lda, const double* x, const int* incx, const double* beta, double* y,
+            const int* incy);
 }
 
 namespace entrain {
@@ -28,6 +34,18 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
     sgemm_(op_a, op_b, &im, &in, &ik, &one, b, &ia, a, &ib, &beta, c, &ic);
   } else {
     dgemm_(op_a, op_b, &im, &in, &ik, &one, b, &ia, a, &ib, &beta, c, &ic);
+  }
+}
+
+/// y [m] = A [m, n] x [n], A row-major.
+template <class T>
+void gemv(int64_t m, int64_t n, const T* a, const T* x, T* y) {
+  const int rows = static_cast<int>(n), columns = static_cast<int>(m), step = 1;  // BLAS sees A^T
+  const T one = 1, zero = 0;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    sgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &zero, y, &step);
+  } else {
+    dgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &zero, y, &step);
   }
 }
 

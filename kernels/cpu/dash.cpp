@@ -69,17 +69,19 @@ class RoutedTile : public ScoreTile {
     grow(dq, s.tile() * s.g * s.D);
   }
 
-  /// Scores of queries [first, first + count): gamma z, or z where softmax comes first.
+  /// Scores of queries [first, first + count): gamma z, or z where softmax comes first. token: the
+  /// one that query `first` is.
   template <class T>
-  void load(const HeadView<T>& q, const double* kbar, const AttentionShape& s,
-            const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count) {
+  void load(const HeadView<T>& q, const HeadView<double>& kbar, const AttentionShape& s,
+            const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count,
+            int64_t token) {
     g = s.g;
-    const Candidates last(routing, (first + count - 1) / routing.chunk);
+    const Candidates last(routing, (token + count - 1) / routing.chunk);
     scale = (routing.aggregation == Aggregation::entmax ? *routing.gamma : 1) /
             std::sqrt(static_cast<double>(s.D));
     ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0, scale, s, b, r, first, count);
     for (int64_t i = 0; i < count * g; ++i) {
-      const Candidates range(routing, (first + i / g) / routing.chunk);
+      const Candidates range(routing, (token + i / g) / routing.chunk);
       if (range.count() > 0) entmax_shift(z.data() + i * step + range.begin, range.count());
     }
   }
@@ -184,6 +186,7 @@ template <>
 void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const {
   by_type(k, [&]<class T>(T) {
     const HeadView<T> kv(k);
+    const HeadView<double> means(kbar);
     const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
 #pragma omp parallel
     RoutedTile::grow(chunk_of_thread, std::min(chunk, N));
@@ -191,7 +194,7 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t r = 0; r < H; ++r) {
         for (int64_t c = 0; c < M; ++c) {
-          double* out = kbar.ptr<double>() + ((b * H + r) * M + c) * D;
+          double* out = means.at(b, r, c);
           std::fill_n(out, D, 0.0);
           if ((c + 1) * chunk > N) continue;  // a trailing partial chunk has no summary
           double* a = chunk_of_thread.data();
@@ -261,6 +264,7 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q);
+    const HeadView<double> means(kbar);
     const int64_t M = kbar[2], words = blocks.mask[3];
 #pragma omp parallel
     tile_of_thread.reserve(s, M);
@@ -270,12 +274,12 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
         for (int64_t r = 0; r < s.Hkv; ++r) {
           RoutedTile& tile = tile_of_thread;
           const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
-          tile.load(qv, kbar.ptr<double>() + (b * s.Hkv + r) * M * s.D, s, routing, b, r, first,
-                    count);
+          const int64_t token = blocks.first + first;
+          tile.load(qv, means, s, routing, b, r, first, count, token);
           double entries = 0;
 
           for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
+            const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (token + i) / routing.chunk;
             const Candidates range(routing, own);
             tile.find_thresholds(routing, i, range);
             for (int64_t h = 0; h < s.g; ++h) {
@@ -343,6 +347,7 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q), dqv(dq_sum);
+    const HeadView<double> means(kbar);
     const int64_t M = kbar[2], parts = s.parts(), per_head = M * s.D;
     double* sums = scratch.ptr<double>();  // [B, Hkv, parts, M, D]
 #pragma omp parallel
@@ -352,13 +357,12 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
       for (int64_t r = 0; r < s.Hkv; ++r) {
         for (int64_t part = 0; part < parts; ++part) {
           double* dk_part = sums + ((b * s.Hkv + r) * parts + part) * per_head;
-          const double* keys = kbar.ptr<double>() + (b * s.Hkv + r) * per_head;
           std::fill_n(dk_part, per_head, 0.0);
           RoutedTile& tile = tile_of_thread;
           for (int64_t t = part; t < s.tiles(); t += parts) {
             const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
             const int64_t rows = count * s.g;
-            tile.load(qv, keys, s, routing, b, r, first, count);
+            tile.load(qv, means, s, routing, b, r, first, count, first);
             const int64_t width = tile.width, step = tile.step;
             for (int64_t i = 0; i < count; ++i) {
               const int64_t at = (b * s.Hkv + r) * s.N + first + i;
@@ -385,8 +389,8 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
             // queries carry the scale already
             tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, step, tile.queries.data(), s.D,
                        dk_part, s.D, true);
-            tile::gemm(rows, s.D, width, tile.z.data(), step, int64_t{1}, keys, s.D, tile.dq.data(),
-                       s.D);
+            tile::gemm(rows, s.D, width, tile.z.data(), step, int64_t{1}, means.at(b, r, 0), s.D,
+                       tile.dq.data(), s.D);
             for (int64_t i = 0; i < rows; ++i) {
               T* dq = dqv.at(b, r * s.g + i % s.g, first + i / s.g);
               for (int64_t d = 0; d < s.D; ++d) {
@@ -416,6 +420,7 @@ void Kernels<Device::cpu>::dash_entropy(Tensor q, Tensor kbar, const DashRouting
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q);
+    const HeadView<double> means(kbar);
     const int64_t M = kbar[2];
     const double sharpen = routing.aggregation == Aggregation::softmax ? *routing.gamma : 1;
 #pragma omp parallel
@@ -426,7 +431,7 @@ void Kernels<Device::cpu>::dash_entropy(Tensor q, Tensor kbar, const DashRouting
       const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
       for (int64_t head = 0; head < s.B * s.Hkv; ++head) {
         const int64_t b = head / s.Hkv, r = head % s.Hkv;
-        tile.load(qv, kbar.ptr<double>() + head * M * s.D, s, routing, b, r, first, count);
+        tile.load(qv, means, s, routing, b, r, first, count, first);
         for (int64_t i = 0; i < count; ++i) {
           const Candidates range(routing, (first + i) / routing.chunk);
           const int64_t n = range.count();

@@ -1,7 +1,8 @@
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cpu/by_type.h"
-#include "kernels/kernels.h"
+#include "kernels/cpu/views.h"
 
 namespace entrain {
 
@@ -13,6 +14,18 @@ void Kernels<Device::cpu>::zero(Tensor x) const {
 template <>
 void Kernels<Device::cpu>::copy(Tensor from, Tensor to) const {
   std::memcpy(to.data, from.data, to.bytes());
+}
+
+template <>
+void Kernels<Device::cpu>::copy_rows(Tensor from, Tensor to) const {
+  by_type(to, [&]<class T>(T) {
+    const HeadView<T> in(from), out(to);
+    for (int64_t b = 0; b < to[0]; ++b) {
+      for (int64_t h = 0; h < to[1]; ++h) {
+        for (int64_t i = 0; i < to[2]; ++i) std::copy_n(in.at(b, h, i), to[3], out.at(b, h, i));
+      }
+    }
+  });
 }
 
 template <>

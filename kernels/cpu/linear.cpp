@@ -8,6 +8,9 @@ template <>
 void Kernels<Device::cpu>::linear(Tensor x, Tensor w, Tensor y) const {
   by_type(x, [&]<class T>(T) {
     const int64_t count = x[0], in = w[1], out = w[0];
+    if (count == 1) {  // decoding: gemm would first copy the whole matrix into its own order
+      return gemv(out, in, w.ptr<T>(), x.ptr<T>(), y.ptr<T>());
+    }
     gemm(false, true, count, out, in, x.ptr<T>(), in, w.ptr<T>(), in, T{0}, y.ptr<T>(), out);
   });
 }

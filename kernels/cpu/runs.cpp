@@ -23,10 +23,11 @@ void for_each_run(const Tensor& x, Runs runs, F f) {
 template <class T, class P>
 void pool(Tensor x, Runs runs, Tensor pooled) {
   const HeadView<T> view(x);
+  const HeadView<P> means(pooled);
   const int64_t D = x[3];
   const P scale = 1 / static_cast<P>(runs.length);
-  for_each_run(x, runs, [&](int64_t b, int64_t h, int64_t m, int64_t row) {
-    P* mean = pooled.ptr<P>() + row * D;
+  for_each_run(x, runs, [&](int64_t b, int64_t h, int64_t m, int64_t) {
+    P* mean = means.at(b, h, m);
     const T* token = view.at(b, h, m * runs.stride);
     std::fill_n(mean, D, P{0});
     for (int64_t t = 0; t < runs.length; ++t, token += view.token_step) {

@@ -9,7 +9,7 @@
 
 namespace entrain {
 
-/// One tile of queries of one kv head against [width, D] keys. It belongs to a thread, which
+/// One tile of queries of one kv head against its first `width` keys. It belongs to a thread, which
 /// reserves its memory once.
 struct ScoreTile {
   /// For tiles of a shape against at most `keys` keys.
@@ -22,7 +22,7 @@ struct ScoreTile {
 
   /// z = scale q . key for the g heads of queries [first, first + count) of kv head r.
   template <class T, class K>
-  void load(const HeadView<T>& q, const K* keys, int64_t keys_count, double scale,
+  void load(const HeadView<T>& q, const HeadView<K>& keys, int64_t keys_count, double scale,
             const AttentionShape& s, int64_t b, int64_t r, int64_t first, int64_t count) {
     width = keys_count;
     step = (width + lanes - 1) / lanes * lanes;
@@ -31,7 +31,7 @@ struct ScoreTile {
       const T* from = q.at(b, r * s.g + i % s.g, first + i / s.g);
       for (int64_t d = 0; d < s.D; ++d) queries[i * s.D + d] = scale * from[d];
     }
-    tile::transpose(width, s.D, keys, s.D, keys_t.data(), step);
+    tile::transpose(width, s.D, keys.at(b, r, 0), keys.token_step, keys_t.data(), step);
     for (int64_t d = 0; d < s.D; ++d) {
       std::fill(keys_t.data() + d * step + width, keys_t.data() + (d + 1) * step, 0.0);
     }

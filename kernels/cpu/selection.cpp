@@ -19,7 +19,7 @@ struct WindowTile : ScoreTile {
     ScoreTile::reserve(s, windows);
     grow(weights, windows);
     grow(scores, blocks);
-    ranked.reserve(static_cast<size_t>(blocks));
+    grow(ranked, blocks);
   }
 
   /// weights [visible]: each head's softmax over the visible windows, summed over the heads.
@@ -89,8 +89,8 @@ struct WindowTile : ScoreTile {
     double least = -1;  // the lowest score taken
     int64_t ties = 0;   // blocks of that score taken
     if (end - begin > left) {
-      ranked.assign(scores.begin() + begin, scores.begin() + end);
-      std::nth_element(ranked.begin(), ranked.begin() + left - 1, ranked.end(), std::greater<>());
+      const auto last = std::copy(scores.begin() + begin, scores.begin() + end, ranked.begin());
+      std::nth_element(ranked.begin(), ranked.begin() + left - 1, last, std::greater<>());
       least = ranked[left - 1];
       ties = std::count(ranked.begin(), ranked.begin() + left, least);
     }
@@ -105,26 +105,29 @@ struct WindowTile : ScoreTile {
 thread_local WindowTile tile_of_thread;
 
 template <class T, class K>
-void select(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask, Tensor read) {
-  const AttentionShape s(q.shape, keys.shape, selection.runs());
+void select(Tensor q, Tensor keys, const BlockSelection& selection, const BlockSet& blocks,
+            Tensor read) {
+  const AttentionShape s(q.shape, keys.shape, selection.runs(), blocks.first);
   const HeadView<T> qv(q);
-  const int64_t W = s.keys, words = mask[3];
+  const HeadView<K> kv(keys);
+  const int64_t words = blocks.mask[3], end = blocks.first + s.N;
   const double scale = 1 / std::sqrt(static_cast<double>(s.D));
 #pragma omp parallel
-  tile_of_thread.reserve(s, W, (s.N + selection.block - 1) / selection.block);
+  tile_of_thread.reserve(s, s.keys, (end + selection.block - 1) / selection.block);
 #pragma omp parallel for collapse(3) schedule(dynamic)
   for (int64_t backwards = s.tiles() - 1; backwards >= 0; --backwards) {  // longest rows first
     for (int64_t b = 0; b < s.B; ++b) {
       for (int64_t r = 0; r < s.Hkv; ++r) {
         WindowTile& tile = tile_of_thread;
         const int64_t first = backwards * s.tile(), count = std::min(s.tile(), s.N - first);
-        tile.load(qv, keys.ptr<K>() + (b * s.Hkv + r) * W * s.D, selection.windows(first + count),
-                  scale, s, b, r, first, count);
+        tile.load(qv, kv, selection.windows(blocks.first + first + count), scale, s, b, r, first,
+                  count);
         double entries = 0;
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t token = first + i, own = token / selection.block;
+          const int64_t token = blocks.first + first + i, own = token / selection.block;
           const int64_t visible = selection.windows(token + 1);
-          uint64_t* bits = mask.ptr<uint64_t>() + ((b * s.Hkv + r) * s.N + token) * words;
+          uint64_t* bits =
+              blocks.mask.ptr<uint64_t>() + ((b * s.Hkv + r) * s.N + first + i) * words;
           std::fill_n(bits, words, 0);
           tile.weigh(s.g, i, visible);
           tile.score(selection, own + 1, visible);
@@ -147,9 +150,9 @@ void select(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask,
 
 template <>
 void Kernels<Device::cpu>::select_blocks(Tensor q, Tensor keys, const BlockSelection& selection,
-                                         Tensor mask, Tensor read) const {
+                                         const BlockSet& blocks, Tensor read) const {
   by_type(q, [&]<class T>(T) {
-    by_type(keys, [&]<class K>(K) { select<T, K>(q, keys, selection, mask, read); });
+    by_type(keys, [&]<class K>(K) { select<T, K>(q, keys, selection, blocks, read); });
   });
 }
 
@@ -163,7 +166,8 @@ void Kernels<Device::cpu>::read_window(const BlockSet& blocks, int64_t window, T
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t i = 0; i < N; ++i) {
         const uint64_t* bits = mask.ptr<uint64_t>() + ((b * H + r) * N + i) * words;
-        for (int64_t end = i + 1, begin = std::max<int64_t>(0, end - window); begin < end;) {
+        const int64_t end = blocks.first + i + 1;
+        for (int64_t begin = std::max<int64_t>(0, end - window); begin < end;) {
           const int64_t c = begin / blocks.block, next = std::min(end, (c + 1) * blocks.block);
           if (!(bits[c / 64] >> (c % 64) & 1)) pairs += next - begin;
           begin = next;

@@ -30,39 +30,60 @@ int64_t Compression::products(int64_t D, int64_t tokens) const {
   return windows_.within(tokens) * a_window;
 }
 
-Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
+Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries queries,
+                        Tensor cache) const {
   const Kernels<Device::cpu> k;
   const Runs windows = windows_;
-  const int64_t B = x.value[0], H = x.value[1], D = x.value[3];
-  const int64_t W = windows.within(x.value[2]), count = B * H * W, width = windows.length * D;
-  const Var y = tape.var({B, H, W, D});
-  const auto matrix = [&](Var w, Shape shape) {
-    return Var{w.value.view(shape), tape.training() ? w.grad.view(shape) : Tensor{}};
-  };
-  const Var out = matrix(y, {count, D});
+  const int64_t B = x.value[0], H = x.value[1], D = x.value[3], width = windows.length * D;
+  // Windows of one run of the tape, at most.
+  const int64_t W =
+      queries.decoding() ? (queries.count - 1) / windows.stride + 1 : windows.within(queries.count);
+  const int64_t count = B * H * W;
+  const Var y = queries.decoding() ? Var{cache, {}} : tape.var({B, H, W, D});
 
   if (kind_ == Kind::mean) {
     tape.record(
-        "compression", y.value, x.grad, [=] { k.pool_runs(x.value, windows, y.value); },
+        "compression", y.value, x.grad,
+        [=] {
+          const auto [begin, n, tokens] = queries.complete(x.value, windows);
+          k.pool_runs(tokens, windows, y.value.slice(2, begin, n));
+        },
         [=] { k.fold_runs({}, y.grad, windows, x.grad); });
     return y;
   }
 
-  const Tensor rows = tape.scratch({count, width}), mean = tape.scratch({count, D});
+  const auto matrix = [&](Var w, Shape shape) {
+    return Var{w.value.view(shape), tape.training() ? w.grad.view(shape) : Tensor{}};
+  };
+  const Tensor rows = tape.scratch({count, width});
+  const Tensor learned = tape.scratch({count, D}), mean = tape.scratch({count, D});
+  const Tensor dy = tape.training() ? y.grad.view({count, D}) : Tensor{};
   const Tensor drows = tape.training() ? tape.scratch(rows.shape) : Tensor{};
+  // Calls learn(n, tokens) to write the first n rows of `learned`, then adds the windows' means.
+  const auto add_to_mean = [=](const auto& learn) {
+    const auto [begin, windows_now, tokens] = queries.complete(x.value, windows);
+    if (windows_now == 0) return;
+    const int64_t n = B * H * windows_now;
+    learn(n, tokens);
+    const Tensor sum = learned.slice(0, 0, n), means = mean.slice(0, 0, n);
+    k.pool_runs(tokens, windows, means.view({B, H, windows_now, D}));
+    k.add(sum, means, sum);
+    k.copy_rows(sum.view({B, H, windows_now, D}), y.value.slice(2, begin, windows_now));
+  };
+
   if (kind_ == Kind::linear) {
     const Var w = matrix(params[0], {D, width});
     tape.record(
         "compression", y.value, x.grad,
         [=] {
-          k.unfold_runs(x.value, windows, {}, rows);
-          k.linear(rows, w.value, out.value);
-          k.pool_runs(x.value, windows, mean);
-          k.add(out.value, mean, out.value);
+          add_to_mean([&](int64_t n, Tensor tokens) {
+            k.unfold_runs(tokens, windows, {}, rows.slice(0, 0, n));
+            k.linear(rows.slice(0, 0, n), w.value, learned.slice(0, 0, n));
+          });
         },
         [=] {
           k.unfold_runs(x.value, windows, {}, rows);
-          k.linear_backward(out.grad, rows, w.value, drows, w.grad);
+          k.linear_backward(dy, rows, w.value, drows, w.grad);
           k.fold_runs(drows, y.grad, windows, x.grad);
         },
         {w.grad});
@@ -79,16 +100,16 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
   tape.record(
       "compression", y.value, x.grad,
       [=] {
-        k.unfold_runs(x.value, windows, position.value, rows);
-        k.linear(rows, up.value, gate_up);
-        k.swiglu(gate_up, hidden);
-        k.linear(hidden, down.value, out.value);
-        k.pool_runs(x.value, windows, mean);
-        k.add(out.value, mean, out.value);
+        add_to_mean([&](int64_t n, Tensor tokens) {
+          k.unfold_runs(tokens, windows, position.value, rows.slice(0, 0, n));
+          k.linear(rows.slice(0, 0, n), up.value, gate_up.slice(0, 0, n));
+          k.swiglu(gate_up.slice(0, 0, n), hidden.slice(0, 0, n));
+          k.linear(hidden.slice(0, 0, n), down.value, learned.slice(0, 0, n));
+        });
       },
       [=] {
         k.unfold_runs(x.value, windows, position.value, rows);
-        k.linear_backward(out.grad, hidden, down.value, dhidden, down.grad);
+        k.linear_backward(dy, hidden, down.value, dhidden, down.grad);
         k.swiglu_backward(dhidden, gate_up, dgate_up);
         k.linear_backward(dgate_up, rows, up.value, drows, up.grad);
         k.add_rows(drows, position.grad);

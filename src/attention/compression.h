@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/queries.h"
 #include "core/params.h"
 #include "core/tape.h"
 #include "kernels/kernels.h"
@@ -26,7 +27,10 @@ class Compression {
   int64_t products(int64_t head_dim, int64_t tokens) const;
 
   /// Records x [B, H, N, D] (a view) to [B, H, windows.within(N), D]; writes x's gradient whole.
-  Var record(Tape& tape, Var x, std::span<const Var> params) const;
+  /// While decoding, x and the result, `cache`, have room for tokens to come, and forward adds the
+  /// windows that the queries complete.
+  Var record(Tape& tape, Var x, std::span<const Var> params, Queries queries,
+             Tensor cache = {}) const;
 
   static std::vector<const char*> kinds() { return {"mlp", "linear", "mean"}; }
 

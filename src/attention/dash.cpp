@@ -6,6 +6,10 @@
 namespace entrain {
 namespace {
 
+int64_t chunks_in(int64_t tokens, int64_t chunk) {
+  return (tokens + chunk - 1) / chunk;
+}
+
 class DashAttention : public AttentionMethod {
  public:
   explicit DashAttention(const AttentionConfig& c)
@@ -35,15 +39,21 @@ class DashAttention : public AttentionMethod {
   double* alpha() override { return &alpha_; }
   double* gamma() override { return &gamma_; }
 
+  /// The summaries of complete chunks.
+  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType) const override {
+    return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, DType::f64}};
+  }
+
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const DashRouting routing = routing_;
     const Var q = in.q, k = in.k, v = in.v;
     const Var summary = learned_summaries_ ? in.params.at(0) : Var{};
     const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
-    const int64_t Hkv = k.value[1], M = (N + routing.chunk - 1) / routing.chunk;
+    const int64_t Hkv = k.value[1], M = chunks_in(k.value[2], routing.chunk);
+    const Queries queries = in.queries();
 
-    const Tensor kbar = tape.keep({B, Hkv, M, D}, DType::f64);
+    const Tensor kbar = queries.decoding() ? in.cache.at(0) : tape.keep({B, Hkv, M, D}, DType::f64);
     const Tensor tau = tape.keep({B, Hq, N}, DType::f64);
     const Tensor lse = tape.keep({B, Hq, N});
     const Shape per_chunk{B, Hkv, N, M};
@@ -61,8 +71,12 @@ class DashAttention : public AttentionMethod {
     tape.record(
         "routing", bias.value, q.grad,
         [=, read = in.read, entropy = in.entropy] {
-          kernels.dash_summaries(k.value, summary.value, routing.chunk, kbar);
-          kernels.dash_route(q.value, kbar, routing, tau, blocks, {}, read);
+          const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
+          const int64_t token = c * routing.chunk;
+          kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
+                                 routing.chunk,
+                                 kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
+          kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, read);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
         [=] {  // adds to what attention left in q's and k's gradients
@@ -74,7 +88,7 @@ class DashAttention : public AttentionMethod {
         },
         {k.grad, summary.grad});
 
-    const Tensor keys = tape.scratch(k.value.shape);
+    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(k.value.shape);
     Tensor token_scratch;
     if (tape.training()) {
       token_scratch =
@@ -83,7 +97,8 @@ class DashAttention : public AttentionMethod {
     tape.record(
         "attention", o.value, q.grad,
         [=, read = in.read] {
-          kernels.attention(q.value, k.value, v.value, blocks, o.value, lse, keys, read);
+          kernels.attention(q.value, queries.seen(k.value), queries.seen(v.value),
+                            queries.attend(blocks), o.value, lse, keys, read);
         },
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,

@@ -9,9 +9,10 @@ class FullAttention : public AttentionMethod {
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const Var q = in.q, k = in.k, v = in.v;
+    const Queries queries = in.queries();
     const BlockSet every_block;
     const Tensor lse = tape.keep({q.value[0], q.value[1], q.value[2]});
-    const Tensor keys = tape.scratch(k.value.shape);
+    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(k.value.shape);
     Tensor scratch;
     if (tape.training()) {
       scratch = tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
@@ -19,7 +20,8 @@ class FullAttention : public AttentionMethod {
     tape.record(
         "attention", o.value, q.grad,
         [=, read = in.read] {
-          kernels.attention(q.value, k.value, v.value, every_block, o.value, lse, keys, read);
+          kernels.attention(q.value, queries.seen(k.value), queries.seen(v.value),
+                            queries.attend(every_block), o.value, lse, keys, read);
         },
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, every_block,

@@ -16,25 +16,36 @@ class InfLlmV2Attention : public AttentionMethod {
                    .length = c.l,
                    .stride = c.d} {}
 
+  /// Pooled windows.
+  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType) const override {
+    return {{{1, s.n_kv_head, selection_.windows(tokens), s.head_dim}, DType::f64}};
+  }
+
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const BlockSelection selection = selection_;
     const Var q = in.q, k = in.k, v = in.v;
     const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
-    const int64_t Hkv = k.value[1], M = (N + selection.block - 1) / selection.block;
+    const int64_t Hkv = k.value[1], M = (k.value[2] + selection.block - 1) / selection.block;
+    const Queries queries = in.queries();
+    const Runs windows = selection.runs();
 
     const Tensor lse = tape.keep({B, Hq, N});
     const BlockSet blocks{.block = selection.block,
                           .mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64),
                           .bias = {}};
 
-    const Tensor pooled = tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
+    const Tensor pooled = queries.decoding()
+                              ? in.cache.at(0)
+                              : tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
     tape.record("selection", {}, {}, [=, read = in.read] {
-      kernels.pool_runs(k.value, selection.runs(), pooled);
-      kernels.select_blocks(q.value, pooled, selection, blocks.mask, read);
+      const auto [begin, count, tokens] = queries.complete(k.value, windows);
+      kernels.pool_runs(tokens, windows, pooled.slice(2, begin, count));
+      kernels.select_blocks(q.value, queries.seen(pooled, windows), selection,
+                            queries.attend(blocks), read);
     });
 
-    const Tensor keys = tape.scratch(k.value.shape);
+    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(k.value.shape);
     Tensor scratch;
     if (tape.training()) {
       scratch = tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
@@ -42,7 +53,8 @@ class InfLlmV2Attention : public AttentionMethod {
     tape.record(
         "attention", o.value, q.grad,
         [=, read = in.read] {
-          kernels.attention(q.value, k.value, v.value, blocks, o.value, lse, keys, read);
+          kernels.attention(q.value, queries.seen(k.value), queries.seen(v.value),
+                            queries.attend(blocks), o.value, lse, keys, read);
         },
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,

@@ -27,7 +27,7 @@ class NsaAttention : public AttentionMethod {
 
   std::vector<Projection> projections(const HeadShape& s) const override {
     const auto kv = [&](const char* name, bool rotary, const char* like) {
-      return Projection{name, s.n_kv_head, s.head_dim, rotary, {.like = like}};
+      return Projection{name, s.n_kv_head, s.head_dim, rotary, {.like = like}, true};
     };
     const auto gate = [&](const char* name) { return Projection{name, s.n_head, 1, false, {}}; };
     return {kv("k_cmp_proj.weight", true, "k_proj.weight"),
@@ -58,6 +58,12 @@ class NsaAttention : public AttentionMethod {
     return 2 * s.n_kv_head * compression_.products(s.head_dim, tokens);
   }
 
+  /// Compressed keys and values.
+  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType real) const override {
+    const CacheSpec compressed{{1, s.n_kv_head, selection_.windows(tokens), s.head_dim}, real};
+    return {compressed, compressed};
+  }
+
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Var* x = in.projected.data();
     NsaInput branches{.q = in.q,
@@ -68,12 +74,17 @@ class NsaAttention : public AttentionMethod {
                       .kw = x[2],
                       .vw = x[3],
                       .gates = {},
-                      .read = in.read};
+                      .read = in.read,
+                      .first = in.first};
     for (size_t i = 0; i < 3; ++i) branches.gates[i] = record_gate(tape, x[4 + i], in.params[i]);
     const std::span<const Var> learned = std::span(in.params).subspan(3);
     const size_t half = learned.size() / 2;
-    branches.kc = compression_.record(tape, x[0], learned.first(half));
-    branches.vc = compression_.record(tape, x[1], learned.last(half));
+    const Queries queries = in.queries();
+    const bool decoding = queries.decoding();
+    branches.kc = compression_.record(tape, x[0], learned.first(half), queries,
+                                      decoding ? in.cache.at(0) : Tensor{});
+    branches.vc = compression_.record(tape, x[1], learned.last(half), queries,
+                                      decoding ? in.cache.at(1) : Tensor{});
     record_nsa(tape, selection_, window_, branches, o);
   }
 

@@ -17,15 +17,17 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
   const Kernels<Device::cpu> kernels;
   const Var q = in.q, kc = in.kc;
   const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], Hkv = in.ks.value[1];
-  const int64_t M = (N + selection.block - 1) / selection.block;
+  const int64_t M = (in.ks.value[2] + selection.block - 1) / selection.block;
+  const Queries queries{N, in.first};
   const Tensor mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64);
   const BlockSet compressed{.keys = selection.runs()};
   const BlockSet selected{.block = selection.block, .mask = mask};
   const BlockSet last{.window = window};
 
   tape.record("selection", {}, {}, [=, read = in.read] {
-    kernels.select_blocks(q.value, kc.value, selection, mask, read);
-    kernels.read_window(selected, window, read);
+    kernels.select_blocks(q.value, queries.seen(kc.value, selection.runs()), selection,
+                          queries.attend(selected), read);
+    kernels.read_window(queries.attend(selected), window, read);
   });
 
   const Branch branches[] = {
@@ -37,7 +39,7 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
     const Branch x = branches[i];
     const bool first = i == 0, last_one = i == 2;
     const Tensor out = tape.keep(q.value.shape), lse = tape.keep({B, Hq, N});
-    const Tensor keys = tape.scratch(in.ks.value.shape);
+    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(in.ks.value.shape);
     Tensor dout, scratch;
     if (tape.training()) {
       dout = tape.scratch(q.value.shape);
@@ -47,8 +49,9 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
     tape.record(
         x.name, out, q.grad,
         [=, read = in.read] {
-          kernels.attention(q.value, x.k.value, x.v.value, x.blocks, out, lse, keys, read,
-                            !x.counts);
+          const Runs runs = x.blocks.keys;
+          kernels.attention(q.value, queries.seen(x.k.value, runs), queries.seen(x.v.value, runs),
+                            queries.attend(x.blocks), out, lse, keys, read, !x.counts);
           kernels.scale_rows(out, x.gate.value, !first, o.value);
         },
         [=] {

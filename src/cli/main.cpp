@@ -71,6 +71,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   add_train(app);
   add_eval(app);
+  add_generate(app);
   add_sweep(app);
   add_tokenize(app);
   add_op(app);

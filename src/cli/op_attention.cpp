@@ -127,7 +127,7 @@ void run_infllmv2(Case& c) {
   const BlockSet blocks{
       .block = selection.block, .mask = c.make({B, Hkv, N, (M + 63) / 64}, DType::u64), .bias = {}};
   kernels.pool_runs(a.k, selection.runs(), pooled);
-  kernels.select_blocks(a.q, pooled, selection, blocks.mask, a.read);
+  kernels.select_blocks(a.q, pooled, selection, blocks, a.read);
   kernels.attention(a.q, a.k, a.v, blocks, a.o, a.lse, a.keys, a.read);
 
   write_selected(c, blocks.mask, M);

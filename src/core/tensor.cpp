@@ -78,16 +78,19 @@ bool Tensor::contiguous() const {
 }
 
 Tensor Tensor::view(Shape other) const {
-  require(contiguous() && other.numel() == numel(), "cannot view {} as {}", shape.to_string(),
-          other.to_string());
+  if (!contiguous() || other.numel() != numel()) {
+    fail("cannot view {} as {}", shape.to_string(), other.to_string());
+  }
   return of(data, other, dtype, device);
 }
 
 Tensor Tensor::slice(int dim, int64_t begin, int64_t length) const {
   const auto d = static_cast<size_t>(dim);
-  require(dim >= 0 && dim < shape.rank && begin >= 0 && length >= 0 && begin + length <= shape[dim],
-          "slice [{}, {}) leaves dimension {} of {}", begin, begin + length, dim,
-          shape.to_string());
+  const bool within =
+      dim >= 0 && dim < shape.rank && begin >= 0 && length >= 0 && begin + length <= shape[dim];
+  if (!within) {  // not require(): decoding slices as it runs, and the message would be made
+    fail("slice [{}, {}) leaves dimension {} of {}", begin, begin + length, dim, shape.to_string());
+  }
   Tensor t = *this;
   t.shape.extent[d] = length;
   const auto offset = static_cast<size_t>(begin * stride[d]) * size_of(dtype);

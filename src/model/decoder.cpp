@@ -66,6 +66,14 @@ Var view(Var x, Shape shape) {
   return {x.value.view(shape), x.grad ? x.grad.view(shape) : Tensor{}};
 }
 
+/// Records that new rows [1, H, n, width] join those in the cache, and gives it in their place.
+Var append(Tape& tape, Var rows, Tensor cache, const int64_t* first) {
+  const Kernels<Device::cpu> k;
+  tape.record("cache", {}, {},
+              [=, rows = rows.value] { k.copy_rows(rows, cache.slice(2, *first, rows[2])); });
+  return {cache, {}};
+}
+
 HeadShape heads_of(const ModelConfig& c) {
   return {c.n_head, c.n_kv_head, c.head_dim};
 }
@@ -92,7 +100,8 @@ Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int
   entropy_ = Tensor::of(entropy_memory_.data(), entropy, DType::f64, device);
 }
 
-Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
+Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N,
+                   const DecoderCache* cache) {
   const std::string p = layer_prefix(index);
   const int64_t Hq = config_.n_head, Hkv = config_.n_kv_head, D = config_.head_dim;
   auto weight = [&](const char* name) { return params_.get(p + name).var(); };
@@ -109,17 +118,27 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
                     .projected = {},
                     .params = {},
                     .read = read_.slice(0, index, 1).view({Hkv, read_fields}),
-                    .entropy = tape.training() ? Tensor{} : entropy_};
-  const Tensor cos_sin = cos_sin_.slice(0, 0, N);
-  ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin);
+                    .entropy = tape.training() || cache ? Tensor{} : entropy_,
+                    .first = cache ? &cache->tokens : nullptr};
+  ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin_, in.first);
   int64_t column = (Hq + 2 * Hkv) * D;
   for (const Projection& x : projections_) {
     in.projected.push_back(heads(qkv, column, x.heads, x.width));
-    if (x.rotary) ops::rope(tape, in.projected.back(), cos_sin);
+    if (x.rotary) ops::rope(tape, in.projected.back(), cos_sin_, in.first);
     column += x.heads * x.width;
   }
   for (const ParamSpec& spec : extra_) {
     in.params.push_back(weight(("self_attn." + spec.name).c_str()));
+  }
+  if (cache) {
+    const DecoderCache::Layer& kept = cache->layers[static_cast<size_t>(index)];
+    in.k = append(tape, in.k, kept.k, in.first);
+    in.v = append(tape, in.v, kept.v, in.first);
+    for (size_t i = 0; i < projections_.size(); ++i) {
+      Var& x = in.projected[i];
+      if (projections_[i].cached) x = append(tape, x, kept.projected[i], in.first);
+    }
+    in.cache = kept.own;
   }
   const Var o = tape.var({B * N, Hq * D});
   tape.scope("attention", [&] {
@@ -136,7 +155,7 @@ Var Decoder::head() const {
   return params_.get(config_.tie_embeddings ? "model.embed_tokens.weight" : "lm_head.weight").var();
 }
 
-Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final) {
+Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final, DecoderCache* cache) {
   const int64_t B = tokens[0], N = tokens[1];
   require(N <= cos_sin_[0], "{} tokens a sequence; the decoder was made for {}", N, cos_sin_[0]);
   // Gradients of parameters [first, first + count) are final once backward is past this point.
@@ -151,7 +170,7 @@ Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final) {
   for (int64_t i = 0; i < config_.n_layer; ++i) {
     announce(1 + static_cast<size_t>(i) * params_per_layer_, params_per_layer_);
     x = tape.block(fmt::format("layers.{}", i), x,
-                   [&](Var in) { return layer(tape, i, in, B, N); });
+                   [&](Var in) { return layer(tape, i, in, B, N, cache); });
   }
   announce(1 + static_cast<size_t>(config_.n_layer) * params_per_layer_,
            config_.tie_embeddings ? 1 : 2);
@@ -177,6 +196,41 @@ int64_t Decoder::products(int64_t tokens) const {
   for (const Projection& x : projections_) rows += x.heads * x.width;
   const int64_t a_token = (c.n_layer * rows + c.vocab) * c.d_model;
   return tokens * a_token + c.n_layer * attention_->products(heads_of(c), tokens);
+}
+
+DecoderCache Decoder::make_cache(int64_t tokens) const {
+  require(tokens <= cos_sin_[0], "a cache of {} tokens; the decoder was made for {}", tokens,
+          cos_sin_[0]);
+  DecoderCache cache;
+  const DType real = params_.values().dtype;
+  const auto rows = [&](int64_t heads, int64_t width) {
+    return cache.memory.alloc({1, heads, tokens, width}, real);
+  };
+  for (const bool committed : {false, true}) {
+    if (committed) cache.memory.commit();
+    cache.layers.clear();
+    for (int64_t i = 0; i < config_.n_layer; ++i) {
+      DecoderCache::Layer& layer = cache.layers.emplace_back();
+      layer.k = rows(config_.n_kv_head, config_.head_dim);
+      layer.v = rows(config_.n_kv_head, config_.head_dim);
+      for (const Projection& x : projections_) {
+        layer.projected.push_back(x.cached ? rows(x.heads, x.width) : Tensor{});
+      }
+      for (const CacheSpec& x : attention_->cache(heads_of(config_), tokens, real)) {
+        layer.own.push_back(cache.memory.alloc(x.shape, x.dtype));
+      }
+    }
+  }
+  cache.capacity = tokens;
+  return cache;
+}
+
+Tensor Decoder::decode(Tape& tape, Tensor tokens, DecoderCache& cache) {
+  const int64_t n = tokens[1];
+  Var last = hidden(tape, tokens, {}, &cache);
+  last.value = last.value.slice(0, n - 1, 1);
+  tape.record("tokens", {}, {}, [&cache, n] { cache.tokens += n; });
+  return ops::linear(tape, last, head()).value;
 }
 
 }  // namespace entrain

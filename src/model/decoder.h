@@ -11,6 +11,20 @@
 
 namespace entrain {
 
+/// What decoding one sequence keeps of its tokens.
+struct DecoderCache {
+  struct Layer {
+    Tensor k, v;                    // [1, Hkv, tokens, D]
+    std::vector<Tensor> projected;  // of the method's projections: those that are cached, or empty
+    std::vector<Tensor> own;        // the method's, see AttentionMethod::cache()
+  };
+
+  int64_t capacity = 0;  // tokens
+  int64_t tokens = 0;    // so far: the next goes there
+  std::vector<Layer> layers;
+  Arena memory{Device::cpu};
+};
+
 class Decoder {
  public:
   /// Called in the backward pass with each stretch of gradients as soon as it is final.
@@ -27,8 +41,10 @@ class Decoder {
   /// How routing spread in evaluation, since last cleared: f64 [max_tokens, entropy_fields].
   Tensor entropy() const { return entropy_; }
 
-  /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
-  Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
+  /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model]. With a cache,
+  /// B is 1 and they follow the tokens in it.
+  Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {},
+             DecoderCache* cache = nullptr);
   /// hidden() and the cross-entropy of each target, [B N]; when training, the gradient of
   /// scale * sum(loss) flows. The loss can be read after forward and after backward.
   Tensor loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
@@ -39,8 +55,15 @@ class Decoder {
   /// Multiplications with weights forward, for a sequence of so many tokens.
   int64_t products(int64_t tokens) const;
 
+  /// Caches of a sequence of up to so many tokens, no more than the decoder was made for.
+  DecoderCache make_cache(int64_t tokens) const;
+  /// Records decoding: tokens i32 [1, n] join those in the cache whenever the tape runs, which must
+  /// have room for them. The logits [1, vocab] of what follows the last. The tape refers to the
+  /// cache.
+  Tensor decode(Tape& tape, Tensor tokens, DecoderCache& cache);
+
  private:
-  Var layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N);
+  Var layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N, const DecoderCache* cache);
   Var head() const;
 
   ModelConfig config_;

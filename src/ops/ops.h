@@ -16,8 +16,9 @@ Var linear(Tape& tape, Var x, Var w);
 Var rmsnorm(Tape& tape, Var x, Var w, double eps);
 
 /// Turns the heads x [B, H, N, D] (a view) in place by their positions. cos_sin [N, D] from
-/// rope_table().
-void rope(Tape& tape, Var x, Tensor cos_sin);
+/// rope_table(), with more rows where x is a part of a sequence that begins at token *first, read
+/// when the tape runs.
+void rope(Tape& tape, Var x, Tensor cos_sin, const int64_t* first = nullptr);
 /// Writes cosines, then sines, of position * theta^(-2j/D) for each position (row) of cos_sin [N,
 /// D].
 void rope_table(Tensor cos_sin, double theta);

@@ -5,10 +5,11 @@
 
 namespace entrain::ops {
 
-void rope(Tape& tape, Var x, Tensor cos_sin) {
+void rope(Tape& tape, Var x, Tensor cos_sin, const int64_t* first) {
   const Kernels<Device::cpu> k;
   tape.record(
-      "rope", x.value, x.grad, [=] { k.rope(x.value, cos_sin, false); },
+      "rope", x.value, x.grad,
+      [=] { k.rope(x.value, cos_sin.slice(0, first ? *first : 0, x.value[2]), false); },
       [=] { k.rope(x.grad, cos_sin, true); });
 }
 

@@ -34,6 +34,10 @@ double matmul_rate(int n) {
   return rates[4];
 }
 
+size_t physical_bytes() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+}
+
 size_t resident_bytes() {
   std::ifstream statm("/proc/self/statm");
   size_t total = 0, resident = 0;

@@ -8,6 +8,9 @@ namespace entrain {
 /// threads as this process has.
 double matmul_rate(int n = 1024);
 
+/// Bytes of memory this machine has.
+size_t physical_bytes();
+
 /// Bytes this process holds in memory now, and the most it has held since it began, or since
 /// reset_peak_resident() where the system grants that.
 size_t resident_bytes();

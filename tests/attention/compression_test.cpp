@@ -17,7 +17,8 @@ struct Case {
 
   Var record(Tape& tape) {
     const auto heads = [&](const Tensor& t) { return t.split(2, D).transpose(1, 2); };
-    return y = compression.record(tape, {heads(x.value), heads(x.grad)}, params);
+    return y = compression.record(tape, {heads(x.value), heads(x.grad)}, params,
+                                  {heads(x.value)[2]});
   }
 
   Pool pool;

@@ -124,6 +124,81 @@ TEST(Engine, CountsAddUpOverForwardPasses) {
   }
 }
 
+/// Queries [first, first + count) of a case against the keys up to the last of them.
+void forward_piece(const AttentionCase& a, BlockSet set, int64_t first, int64_t count, Tensor keys,
+                   Tensor lse) {
+  set.first = first;
+  const int64_t seen = set.keys.within(first + count);
+  a.kernels.attention(a.q.value.slice(2, first, count), a.k.value.slice(2, 0, seen),
+                      a.v.value.slice(2, 0, seen), set, a.o.value.slice(2, first, count), lse, keys,
+                      a.read);
+}
+
+TEST(Engine, QueriesInPiecesAreTheWholeSequence) {
+  const Sizes s{1, 6, 2, 130, 20};
+  for (const int64_t block : {1, 7, 64, 200}) {
+    for (const int64_t window : {0, 20}) {
+      for (const int64_t size : {1, 9, 100}) {
+        for (const bool prepared : {false, true}) {
+          SCOPED_TRACE(fmt::format("block {} window {} pieces {}", block, window, size));
+          AttentionCase whole(s, DType::f64), pieces(s, DType::f64);
+          const Blocks blocks(whole, block);
+          for (int64_t row = 0; row < s.Hkv * s.N; ++row) {
+            for (int64_t c = 0; c < blocks.M; ++c) {
+              if (whole.pool.rng().below(3) > 0) blocks.attend(row, c);
+            }
+          }
+          BlockSet set = blocks.set;
+          set.window = window;
+          whole.forward(set);
+          for (int64_t first = 0; first < s.N; first += size) {
+            const int64_t count = std::min(size, s.N - first), words = set.mask[3];
+            // Rows of this piece, wider than its blocks: as allocated for the longest sequence.
+            const Tensor mask = pieces.pool.make({1, s.Hkv, count, words + 1}, DType::u64);
+            const Tensor bias = pieces.pool.make({1, s.Hkv, count, blocks.M + 3});
+            for (int64_t row = 0; row < s.Hkv * count; ++row) {
+              const int64_t from = blocks.row(0, row / count, first + row % count);
+              std::copy_n(set.mask.ptr<uint64_t>() + from * words, words,
+                          mask.ptr<uint64_t>() + row * mask[3]);
+              std::copy_n(set.bias.ptr<double>() + from * blocks.M, blocks.M,
+                          bias.ptr<double>() + row * bias[3]);
+            }
+            const Tensor lse = pieces.pool.make({1, s.Hq, count});
+            forward_piece(pieces, {.block = block, .mask = mask, .bias = bias, .window = window},
+                          first, count, prepared ? pieces.keys : Tensor{}, lse);
+            for (int64_t i = 0; i < s.Hq * count; ++i) {
+              const int64_t at = i / count * s.N + first + i % count;
+              if (std::isfinite(get(whole.lse, at))) {
+                EXPECT_NEAR(get(lse, i), get(whole.lse, at), 1e-12);
+              }
+            }
+          }
+          EXPECT_LT(relative_error(pieces.out.value, values(whole.out.value)), 1e-12);
+          EXPECT_EQ(values(pieces.read), values(whole.read));
+        }
+      }
+    }
+  }
+}
+
+TEST(Engine, PiecesSeeTheRunsThatAreComplete) {
+  const Sizes s{1, 4, 2, 61, 8};
+  for (const Runs runs : {Runs{8, 4}, Runs{5, 3}}) {
+    AttentionCase whole(s, DType::f64), pieces(s, DType::f64);
+    const BlockSet set{.block = 4, .keys = runs};
+    const int64_t W = runs.within(s.N);
+    whole.kernels.attention(whole.q.value, whole.k.value.slice(2, 0, W),
+                            whole.v.value.slice(2, 0, W), set, whole.o.value, whole.lse, whole.keys,
+                            whole.read);
+    for (int64_t first = 0; first < s.N; first += 3) {
+      const int64_t count = std::min<int64_t>(3, s.N - first);
+      forward_piece(pieces, set, first, count, {}, pieces.pool.make({1, s.Hq, count}));
+    }
+    EXPECT_LT(relative_error(pieces.out.value, values(whole.out.value)), 1e-12);
+    EXPECT_EQ(values(pieces.read), values(whole.read));
+  }
+}
+
 TEST(Engine, BitsDoNotDependOnTheThreads) {
   AttentionCase one({1, 4, 2, 300, 16}, DType::f32), two({1, 4, 2, 300, 16}, DType::f32);
   std::vector<Tensor> dbiases;

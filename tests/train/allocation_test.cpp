@@ -1,11 +1,13 @@
-// The step allocates nothing after the first. Counting is global: operator new is replaced for the
-// whole test program.
+// The step allocates nothing after the first, nor does decoding of a token. Counting is global:
+// operator new is replaced for the whole test program.
 #include <gtest/gtest.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <new>
 
+#include "model/generator.h"
+#include "tests/tiny_decoder.h"
 #include "tests/train/tiny_step.h"
 
 namespace {
@@ -49,6 +51,20 @@ TEST(Step, AllocatesNothingAfterTheFirst) {
         EXPECT_EQ(allocations - before, 0) << method << number;
       }
     }
+  }
+}
+
+// What grows with the context does so by doubling.
+TEST(Decoding, AllocatesHardlyEver) {
+  const Threads two(2);
+  for (const char* method : {"full", "dash", "nsa", "infllmv2"}) {
+    TinyDecoder tiny(method, DType::f32, 1, 1024);
+    Generator generator(tiny.decoder, 1024);
+    const std::span<const int32_t> ids(tiny.tokens.ptr<int32_t>(), 1024);
+    generator.append(ids.first(512));
+    const int64_t before = allocations;
+    for (size_t t = 512; t < 1024; ++t) generator.append(ids.subspan(t, 1));
+    EXPECT_LE(allocations - before, 2 * 6) << method;  // vectors of each thread
   }
 }
 
