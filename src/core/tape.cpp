@@ -1,6 +1,7 @@
 #include "core/tape.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -31,6 +32,14 @@ bool finite(const Tensor& t) {
   return t.dtype == DType::f64 ? all(t.ptr<double>()) : all(t.ptr<float>());
 }
 
+/// Calls f and adds the seconds it took.
+void run(const std::function<void()>& f, double* seconds) {
+  if (!seconds) return f();
+  const auto begin = std::chrono::steady_clock::now();
+  f();
+  *seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 }  // namespace
 
 void TapeMemory::commit() {
@@ -54,7 +63,7 @@ Var Tape::shared_var(Shape shape) {
 void Tape::record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
                   std::function<void()> backward) {
   if (!training()) backward = {};
-  entries_.push_back({scope_ + name, value, grad, std::move(forward), std::move(backward)});
+  entries_.push_back({scope_ + name, value, grad, std::move(forward), std::move(backward), time_});
   memory_.scratch.release(0);
 }
 
@@ -79,13 +88,20 @@ Var Tape::block(const std::string& name, Var x, const std::function<Var(Var)>& b
   return result;
 }
 
+void Tape::timed(OpTime& time, const std::function<void()>& body) {
+  time_ = &time;
+  body();
+  time_ = nullptr;
+}
+
 void Tape::after_backward(std::function<void()> f) {
   record("", {}, {}, {}, std::move(f));
 }
 
 void Tape::run_forward(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) {
-    if (entries_[i].forward) entries_[i].forward();
+    const Entry& entry = entries_[i];
+    if (entry.forward) run(entry.forward, entry.time ? &entry.time->forward : nullptr);
   }
 }
 
@@ -100,7 +116,8 @@ void Tape::forward() {
 void Tape::backward() {
   clear_grads();
   for (size_t i = entries_.size(); i-- > 0;) {
-    if (entries_[i].backward) entries_[i].backward();
+    const Entry& entry = entries_[i];
+    if (entry.backward) run(entry.backward, entry.time ? &entry.time->backward : nullptr);
   }
 }
 

@@ -27,6 +27,11 @@ struct TapeMemory {
   Arena values, grads, scratch;
 };
 
+/// Seconds spent in some ops. Forward runs that recompute count as forward.
+struct OpTime {
+  double forward = 0, backward = 0;
+};
+
 class Tape {
  public:
   struct Options {
@@ -64,6 +69,9 @@ class Tape {
   /// residual stream does.
   Var block(const std::string& name, Var x, const std::function<Var(Var)>& body);
 
+  /// Records body; what its ops take is added to `time` whenever they run.
+  void timed(OpTime& time, const std::function<void()>& body);
+
   /// The backward pass calls f when it is done with everything recorded after this point.
   void after_backward(std::function<void()> f);
 
@@ -79,6 +87,7 @@ class Tape {
     std::string name;
     Tensor value, grad;
     std::function<void()> forward, backward;
+    OpTime* time = nullptr;
   };
 
   void run_forward(size_t begin, size_t end);
@@ -86,7 +95,8 @@ class Tape {
 
   TapeMemory& memory_;
   Options options_;
-  std::string scope_;  // prefix of names: "layers.3."
+  std::string scope_;       // prefix of names: "layers.3."
+  OpTime* time_ = nullptr;  // of the ops that are being recorded
   std::vector<Entry> entries_;
   std::vector<Tensor> shared_grads_;
 };

@@ -118,7 +118,9 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
     in.params.push_back(weight(("self_attn." + spec.name).c_str()));
   }
   const Var o = tape.var({B * N, Hq * D});
-  attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
+  tape.timed(attention_time_, [&] {
+    attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
+  });
   x = ops::residual(tape, x, ops::linear(tape, o, weight("self_attn.o_proj.weight")));
 
   h = ops::rmsnorm(tape, x, weight("post_attention_layernorm.weight"), config_.norm_eps);

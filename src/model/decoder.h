@@ -24,6 +24,8 @@ class Decoder {
   AttentionMethod& attention() { return *attention_; }
   /// What attention has read since last cleared: f64 [n_layer, Hkv, read_fields].
   Tensor read() const { return read_; }
+  /// What attention has taken since last cleared, projections apart.
+  OpTime& attention_time() { return attention_time_; }
 
   /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
   Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
@@ -50,6 +52,7 @@ class Decoder {
   size_t params_per_layer_;
   Buffer rope_memory_, read_memory_;
   Tensor cos_sin_, read_;
+  OpTime attention_time_;
 };
 
 }  // namespace entrain

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <vector>
+#include <numeric>
 
 namespace entrain {
 
@@ -15,8 +15,46 @@ void require_sequence(const TokenStore& store, Split split, int64_t seq_len) {
       store.path(), name_of(split), store.tokens(split), seq_len + 1);
 }
 
+namespace {
+
+nlohmann::ordered_json to_json(const HeadRead& read) {
+  return {{"density", read.density},
+          {"router_density", read.router_density},
+          {"active_blocks", read.active_blocks}};
+}
+
+std::vector<PositionLoss> by_stretch(const std::vector<double>& sums, int64_t sequences) {
+  const auto tokens = std::ssize(sums), stretches = std::min<int64_t>(16, tokens);
+  std::vector<PositionLoss> result;
+  for (int64_t i = 0; i < stretches; ++i) {
+    const int64_t begin = i * tokens / stretches, end = (i + 1) * tokens / stretches;
+    const double sum = std::accumulate(sums.begin() + begin, sums.begin() + end, 0.0);
+    result.push_back({begin, end, sum / static_cast<double>((end - begin) * sequences)});
+  }
+  return result;
+}
+
+}  // namespace
+
+nlohmann::ordered_json to_json(const EvalResult& result) {
+  nlohmann::ordered_json out{{"loss", result.loss},
+                             {"perplexity", result.perplexity},
+                             {"tokens", result.tokens},
+                             {"tokens_per_second", result.tokens_per_second}};
+  out.update(to_json(result.read.all));
+  for (const std::vector<HeadRead>& layer : result.read.heads) {
+    nlohmann::ordered_json heads;
+    for (const HeadRead& head : layer) heads.push_back(to_json(head));
+    out["layers"].push_back(heads);
+  }
+  for (const auto& [begin, end, loss] : result.loss_by_position) {
+    out["loss_by_position"].push_back({{"begin", begin}, {"end", end}, {"loss", loss}});
+  }
+  return out;
+}
+
 Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
-    : decoder_(decoder), tape_(memory, {}) {
+    : decoder_(decoder), tape_(memory, {}), position_loss_(static_cast<size_t>(seq_len)) {
   tokens_ = tape_.keep({1, seq_len}, DType::i32);
   targets_ = tape_.keep({1, seq_len}, DType::i32);
   loss_ = decoder.loss(tape_, tokens_, targets_, 1);
@@ -29,20 +67,24 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
   collect_read(comm, decoder_.read());  // clears what training counted
-  double sum = 0;
+  std::ranges::fill(position_loss_, 0.0);
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
     store.read(split, i * available / sequences * seq_len, seq_len + 1, window.data());
     std::copy(window.begin(), window.end() - 1, tokens_.ptr<int32_t>());
     std::copy(window.begin() + 1, window.end(), targets_.ptr<int32_t>());
     tape_.forward();
-    for (int64_t t = 0; t < seq_len; ++t) sum += loss_.ptr<float>()[t];
+    for (int64_t t = 0; t < seq_len; ++t) {
+      position_loss_[static_cast<size_t>(t)] += loss_.ptr<float>()[t];
+    }
   }
-  comm.sum(&sum, 1);
+  comm.sum(position_loss_.data(), static_cast<int>(seq_len));
   EvalResult result;
   result.tokens = sequences * seq_len;
-  result.loss = sum / static_cast<double>(result.tokens);
+  result.loss = std::accumulate(position_loss_.begin(), position_loss_.end(), 0.0) /
+                static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
   result.read = collect_read(comm, decoder_.read());
+  result.loss_by_position = by_stretch(position_loss_, sequences);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.tokens_per_second = static_cast<double>(result.tokens) / seconds.count();
   return result;

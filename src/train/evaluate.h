@@ -1,5 +1,8 @@
 #pragma once
 // Loss and density of a model on held-out tokens.
+#include <nlohmann/json.hpp>
+#include <vector>
+
 #include "core/tape.h"
 #include "data/token_store.h"
 #include "dist/comm.h"
@@ -8,13 +11,23 @@
 
 namespace entrain {
 
+/// Mean loss of the tokens at positions [begin, end) of their sequences.
+struct PositionLoss {
+  int64_t begin, end;
+  double loss;
+};
+
 struct EvalResult {
   double loss = 0;  // nats a token
   double perplexity = 0;
   int64_t tokens = 0;
   double tokens_per_second = 0;
   ReadReport read;
+  std::vector<PositionLoss> loss_by_position;  // 16 stretches of a sequence, or its tokens if fewer
 };
+
+/// Its fields by name; `layers` holds density, router_density and active_blocks per kv head.
+nlohmann::ordered_json to_json(const EvalResult& result);
 
 /// Throws Error unless the split has a sequence of seq_len tokens and their targets.
 void require_sequence(const TokenStore& store, Split split, int64_t seq_len);
@@ -32,6 +45,7 @@ class Evaluator {
   Decoder& decoder_;
   Tape tape_;
   Tensor tokens_, targets_, loss_;
+  std::vector<double> position_loss_;  // sums over sequences, [seq_len]
 };
 
 }  // namespace entrain

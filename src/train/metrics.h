@@ -20,6 +20,7 @@ struct StepMetrics {
   double density = 0.0;         // share of the causal tokens that were attended
   double router_density = 0.0;  // entries the router read, over the same denominator
   double gamma = 0.0;
+  double attention_seconds = 0.0;  // of the step: forward and backward, mean of the ranks
   double seconds_left = 0.0;
 };
 

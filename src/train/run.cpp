@@ -253,6 +253,7 @@ StepMetrics Run::step() {
   m.density = result.read.all.density;
   m.router_density = result.read.all.router_density;
   m.gamma = gamma_used;
+  m.attention_seconds = result.attention_seconds;
   m.seconds_left = step_seconds_ * static_cast<double>(config_.train.steps - step);
   return m;
 }

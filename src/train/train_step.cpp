@@ -45,6 +45,8 @@ void TrainStep::fill(int64_t first, int64_t micro, Sampler& sampler) {
 StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
   StepResult result;
   double sum = 0;
+  OpTime& attention = decoder_.attention_time();
+  attention = {};
   for (int64_t micro = 0; micro < plan_.accumulate; ++micro) {
     fill(first, micro, sampler);
     last_micro_ = micro + 1 == plan_.accumulate;
@@ -60,6 +62,9 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
     diagnose(step, first, sampler, result.loss);
   }
   result.read = collect_read(comm_, decoder_.read());
+  result.attention_seconds = attention.forward + attention.backward;
+  comm_.sum(&result.attention_seconds, 1);
+  result.attention_seconds /= comm_.size();
   result.lr = learning_rate(config_.train.optim, step, config_.train.steps);
   adamw_step(decoder_.params(), config_.train.optim, step, result.lr, result.grad_norm);
   return result;

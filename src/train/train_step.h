@@ -24,6 +24,7 @@ struct StepResult {
   double loss = 0;       // nats a token, over the global batch
   double grad_norm = 0;  // before clipping
   double lr = 0;
+  double attention_seconds = 0;  // forward and backward, mean of the ranks
   ReadReport read;
 };
 

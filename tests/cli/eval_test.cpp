@@ -36,6 +36,37 @@ TEST_F(Eval, SaysInJsonWhatTheRunSaid) {
   EXPECT_NEAR(mean, eval["density"], 1e-9);
 }
 
+TEST_F(Eval, GivesTheLossByPosition) {
+  const Json eval = evaluate(dir / "run");
+  ASSERT_EQ(eval["loss_by_position"].size(), 16u);
+  double mean = 0;
+  int64_t at = 0;
+  for (const Json& stretch : eval["loss_by_position"]) {
+    EXPECT_EQ(stretch["begin"], at);
+    at = stretch["end"];
+    mean += double(stretch["loss"]) / 16;
+  }
+  EXPECT_EQ(at, 64);
+  EXPECT_NEAR(mean, eval["loss"], 1e-12);
+}
+
+TEST_F(Eval, TakesAnotherAttention) {
+  train("sparse",
+        "attention.method=dash attention.chunk=2 attention.target_density=0.4 train.steps=2");
+  const Json full = evaluate((dir / "sparse") + " attention.method=full");
+  EXPECT_EQ(full["method"], "full");
+  EXPECT_EQ(full["density"], 1.0);
+  // With every chunk forced, DashAttention is full attention on the same parameters.
+  const Json all = evaluate((dir / "sparse") + " attention.local_blocks=1000");
+  EXPECT_NEAR(all["loss"], full["loss"], 1e-6);
+  const Json nsa = evaluate((dir / "run") + " attention.method=nsa attention.local_blocks=1");
+  EXPECT_LT(double(nsa["loss"]), 8);
+  const Ended text =
+      run(alone(fmt::format("{} eval {} attention.method=nsa", ENTRAIN_BINARY, dir / "run")));
+  EXPECT_NE(text.out.find("untrained: model.layers.0.self_attn.compress_k.pos"), std::string::npos)
+      << text.out;
+}
+
 TEST_F(Eval, AgreesOnTwoRanks) {
   Json alone = evaluate(dir / "run"), together = evaluate(dir / "run", 2);
   EXPECT_NEAR(alone["loss"], together["loss"], 1e-12);

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "ops/ops.h"
 #include "tests/expect_error.h"
 #include "tests/tiny_decoder.h"
@@ -84,6 +87,24 @@ TEST(Tape, ABlockEndsInTheResidualStream) {
   const Var x = tape.shared_var({4});
   EXPECT_ERROR(tape.block("layers.3", x, [&](Var) { return tape.var({4}); }),
                "block layers.3 does not end in the residual stream");
+}
+
+TEST(Tape, TimesTheOpsThatAreAskedFor) {
+  OpTime time;
+  const auto wait = [] { std::this_thread::sleep_for(std::chrono::milliseconds(3)); };
+  Graph graph({.training = true}, [&](Tape& tape) {
+    tape.timed(time, [&] { tape.record("slow", {}, {}, wait, [=] { wait(), wait(); }); });
+    tape.record("other", {}, {}, wait, wait);
+  });
+  graph->forward();
+  EXPECT_GE(time.forward, 0.003);
+  EXPECT_EQ(time.backward, 0);
+  const double once = time.forward;
+  graph->backward();
+  EXPECT_GE(time.backward, 0.006);
+  EXPECT_EQ(time.forward, once);
+  graph->forward();
+  EXPECT_GE(time.forward, once + 0.003);
 }
 
 TEST(Tape, CallsBackWhenBackwardHasPassed) {
