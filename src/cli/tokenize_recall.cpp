@@ -55,15 +55,10 @@ void tokenize_recall(const TokenizeOptions& o) {
       output.add(document.text, ids, document.answers);
     }
   }
-  const nlohmann::json provenance = {{"created_by", "entrain tokenize"},
-                                     {"synthetic", o.synthetic},
-                                     {"length", task.length},
-                                     {"distance", o.distance},
-                                     {"pairs", task.pairs},
-                                     {"documents", o.documents},
-                                     {"tokenizer", tokenizer.name()},
-                                     {"validation", o.validation},
-                                     {"seed", o.seed}};
+  const nlohmann::json provenance = {
+      {"created_by", "entrain tokenize"}, {"synthetic", o.synthetic},   {"length", task.length},
+      {"distance", o.distance},           {"pairs", task.pairs},        {"documents", o.documents},
+      {"tokenizer", tokenizer.name()},    {"validation", o.validation}, {"seed", o.seed}};
   output.finish({tokenizer.name(), tokenizer.model(), provenance.dump(2), ""},
                 fmt::format("recall of {} pairs at distance {}", task.pairs, o.distance));
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Loss and density of a model on held-out tokens.
+// Loss, density and recall of a model on held-out tokens.
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -17,6 +17,13 @@ struct PositionLoss {
   double loss;
 };
 
+/// Answers of the token store among the evaluated tokens, and how many of them were the most likely
+/// token where they stand.
+struct Recall {
+  int64_t answers = 0, right = 0;
+  double accuracy() const { return static_cast<double>(right) / static_cast<double>(answers); }
+};
+
 struct EvalResult {
   double loss = 0;  // nats a token
   double perplexity = 0;
@@ -24,9 +31,11 @@ struct EvalResult {
   double tokens_per_second = 0;
   ReadReport read;
   std::vector<PositionLoss> loss_by_position;  // 16 stretches of a sequence, or its tokens if fewer
+  Recall recall;                               // no answers where the store marks none
 };
 
-/// Its fields by name; `layers` holds density, router_density and active_blocks per kv head.
+/// Its fields by name; `layers` holds density, router_density and active_blocks per kv head,
+/// answers and recall_accuracy are absent without answers.
 nlohmann::ordered_json to_json(const EvalResult& result);
 
 /// Throws Error unless the split has a sequence of seq_len tokens and their targets.
@@ -44,7 +53,7 @@ class Evaluator {
  private:
   Decoder& decoder_;
   Tape tape_;
-  Tensor tokens_, targets_, loss_;
+  Tensor tokens_, targets_, loss_, predicted_;
   std::vector<double> position_loss_;  // sums over sequences, [seq_len]
 };
 

@@ -269,13 +269,20 @@ void Run::evaluate() {
   evaluated_step_ = state_.step;
   const EvalResult result =
       evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
-  say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
-                  result.loss, result.perplexity, result.read.all.density));
-  write_metrics({{"step", state_.step},
-                 {"eval_loss", result.loss},
-                 {"eval_perplexity", result.perplexity},
-                 {"density", result.read.all.density},
-                 {"router_density", result.read.all.router_density}});
+  std::string line =
+      fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
+                  result.loss, result.perplexity, result.read.all.density);
+  nlohmann::ordered_json metrics{{"step", state_.step},
+                                 {"eval_loss", result.loss},
+                                 {"eval_perplexity", result.perplexity},
+                                 {"density", result.read.all.density},
+                                 {"router_density", result.read.all.router_density}};
+  if (result.recall.answers > 0) {
+    line += fmt::format(", recall accuracy {:.3f}", result.recall.accuracy());
+    metrics["recall_accuracy"] = result.recall.accuracy();
+  }
+  say(line);
+  write_metrics(metrics);
 }
 
 void Run::save() {
