@@ -32,16 +32,35 @@ struct BlockSet {
   Runs keys = {};      // what a key stands for; a query sees it once it is complete
 };
 
-/// DashAttention's router (arXiv 2605.18753, stages 0 and 1).
+/// How the heads of a group come to one distribution over chunks, w.
+enum class Aggregation : uint8_t {
+  entmax,  // w = mean of entmax(gamma z^h) over the heads: DashAttention
+  softmax  // w = entmax(gamma mean of softmax(z^h)): an ablation, softmax spreads before entmax
+           // cuts
+};
+
+/// DashAttention's router (arXiv 2605.18753, stages 0 and 1). z^h = q^h . kbar / sqrt(D).
 struct DashRouting {
   int64_t chunk = 64;
-  double alpha = 1.5;
   double sigma = 1e6;
   double prior_eps = 0;
   bool center = true;
   int64_t init_blocks = 0;
   int64_t local_blocks = 1;
-  const double* gamma = nullptr;  // read when the kernel runs: a controller moves it
+  Aggregation aggregation = Aggregation::entmax;
+  // Read when the kernel runs: a controller or a schedule moves them.
+  const double* alpha = nullptr;
+  const double* gamma = nullptr;
+};
+
+/// What is known of routing at a position, summed over layers, batch and kv heads: f64 [N,
+/// entropy_fields].
+enum EntropyField : uint8_t {
+  entropy_queries,     // those with candidates
+  entropy_candidates,  // chunks to choose from
+  entropy_routing,     // nats: of the routing weights w
+  entropy_softmax,     // nats: of the mean over the group of softmax(gamma z^h), on the same scores
+  entropy_fields
 };
 
 /// How the weights of windows become the score of a block.
@@ -74,6 +93,8 @@ enum ReadField : uint8_t {
   read_causal,   // query-key pairs a causal query could attend
   read_blocks,   // blocks attended, summed over queries
   read_queries,  // queries
+  read_flops,    // operations of products forward + backward in training, of every branch and
+                 // router; not what backward computes again
   read_fields
 };
 
@@ -116,8 +137,9 @@ struct Kernels {
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
   /// Rows that attend nothing give 0. keys: scratch of k's size. read: see ReadField, or empty.
   /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(N), D].
+  /// only_flops: the rest is counted elsewhere.
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
-                 Tensor keys, Tensor read) const;
+                 Tensor keys, Tensor read, bool only_flops = false) const;
   /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's
   /// heads: 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
   /// add_dq: queries that attend several sets of keys sum their gradients.
@@ -126,7 +148,8 @@ struct Kernels {
                           Tensor scratch, bool add_dq = false) const;
   static int64_t attention_backward_scratch(const Shape& q, const Shape& k);
 
-  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D]; s f32 [Hkv, D]. Others are set to 0.
+  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D]; s f32 [Hkv, D], or empty for means.
+  /// Others are set to 0.
   void dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const;
   void dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar, Tensor dk_sum,
                                Tensor ds_sum) const;
@@ -139,6 +162,9 @@ struct Kernels {
   void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                            Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
   static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);
+  /// Adds to entropy, see EntropyField; tau as dash_route left it.
+  void dash_entropy(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
+                    Tensor entropy) const;
 
   /// Means of the rows of x [B, H, N, D] over runs of tokens: pooled f64 or x's type
   /// [B, H, W, D], W = runs.within(N).

@@ -175,7 +175,7 @@ int64_t batch_of(const AttentionShape& s) {
 
 template <class T>
 void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
-             Tensor keys, Tensor read) {
+             Tensor keys, Tensor read, bool only_flops) {
   const AttentionShape s(q.shape, k.shape, blocks.keys);
   const HeadView<T> qv(q), vv(v), ov(o);
   const int64_t block = blocks.block, M = (s.keys + block - 1) / block, batch = batch_of(s);
@@ -266,6 +266,9 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
         store_tile<T>(w.o.data(), s, b, r, first, count, 1, false, ov);
         if (read) {
           double* fields = read.ptr<double>() + r * read_fields;
+#pragma omp atomic
+          fields[read_flops] += (4 + 8) * pairs * static_cast<double>(s.g * s.D);
+          if (only_flops) continue;
 #pragma omp atomic
           fields[read_pairs] += pairs;
 #pragma omp atomic
@@ -411,8 +414,8 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
 
 template <>
 void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o,
-                                     Tensor lse, Tensor keys, Tensor read) const {
-  by_type(q, [&]<class T>(T) { forward<T>(q, k, v, blocks, o, lse, keys, read); });
+                                     Tensor lse, Tensor keys, Tensor read, bool only_flops) const {
+  by_type(q, [&]<class T>(T) { forward<T>(q, k, v, blocks, o, lse, keys, read, only_flops); });
 }
 
 template <>

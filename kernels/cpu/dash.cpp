@@ -12,9 +12,13 @@
 namespace entrain {
 namespace {
 
-/// a_t = softmax_t(s . k_t / sqrt(D)) over a chunk's tokens.
+/// a_t = softmax_t(s . k_t / sqrt(D)) over a chunk's tokens; without s they weigh the same.
 template <class T>
 void summary_weights(const T* k, int64_t step, const T* s, int64_t chunk, int64_t D, double* a) {
+  if (!s) {
+    std::fill_n(a, chunk, 1 / static_cast<double>(chunk));
+    return;
+  }
   const double scale = 1 / std::sqrt(static_cast<double>(D));
   double top = -INFINITY;
   for (int64_t t = 0; t < chunk; ++t) {
@@ -39,49 +43,136 @@ struct Candidates {
   int64_t count() const { return end - begin; }
 };
 
+/// p = softmax(z) of a row.
+void softmax_row(const double* z, int64_t n, double* p) {
+  double top = -INFINITY, sum = 0;
+  for (int64_t c = 0; c < n; ++c) top = std::max(top, z[c]);
+  for (int64_t c = 0; c < n; ++c) sum += p[c] = std::exp(z[c] - top);
+  for (int64_t c = 0; c < n; ++c) p[c] /= sum;
+}
+
+double entropy_of(const double* p, int64_t n) {
+  double sum = 0;
+  for (int64_t c = 0; c < n; ++c) sum -= p[c] > 0 ? p[c] * std::log(p[c]) : 0;
+  return sum;
+}
+
 /// One tile of queries of one kv head: scores, entmax and the group's weights.
 class RoutedTile : public ScoreTile {
  public:
   void reserve(const AttentionShape& s, int64_t chunks) {
     ScoreTile::reserve(s, chunks);
     grow(p, s.g * chunks);
-    for (std::vector<double>* row : {&w, &kept, &dw}) grow(*row, chunks);
+    for (std::vector<double>* row : {&w, &kept, &dw, &mixed}) grow(*row, chunks);
     grow(support, chunks);
     grow(tau, s.g);
     grow(dq, s.tile() * s.g * s.D);
   }
 
+  /// Scores of queries [first, first + count): gamma z, or z where softmax comes first.
   template <class T>
   void load(const HeadView<T>& q, const double* kbar, const AttentionShape& s,
             const DashRouting& routing, int64_t b, int64_t r, int64_t first, int64_t count) {
+    g = s.g;
     const Candidates last(routing, (first + count - 1) / routing.chunk);
-    ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0,
-                    *routing.gamma / std::sqrt(static_cast<double>(s.D)), s, b, r, first, count);
-    for (int64_t i = 0; i < count * s.g; ++i) {
-      const Candidates range(routing, (first + i / s.g) / routing.chunk);
+    scale = (routing.aggregation == Aggregation::entmax ? *routing.gamma : 1) /
+            std::sqrt(static_cast<double>(s.D));
+    ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0, scale, s, b, r, first, count);
+    for (int64_t i = 0; i < count * g; ++i) {
+      const Candidates range(routing, (first + i / g) / routing.chunk);
       if (range.count() > 0) entmax_shift(z.data() + i * step + range.begin, range.count());
     }
   }
 
-  /// The routing weights w of one query from its heads' scores and thresholds.
-  void weigh(const DashRouting& routing, int64_t g, int64_t query, Candidates range,
-             const double* tau) {
-    std::fill_n(w.begin(), width, 0.0);
+  double* scores(int64_t query, int64_t head, Candidates range) {
+    return z.data() + (query * g + head) * step + range.begin;
+  }
+  double* head(int64_t h, Candidates range) { return p.data() + h * width + range.begin; }
+
+  /// The thresholds tau of one query: of each head, or of all heads mixed.
+  void find_thresholds(const DashRouting& routing, int64_t query, Candidates range) {
+    std::fill_n(tau.begin(), g, 0.0);
+    if (range.count() == 0) return;
+    if (routing.aggregation == Aggregation::softmax) {
+      mix(routing, query, range);
+      std::fill_n(tau.begin(), g,
+                  entmax_threshold(mixed.data(), range.count(), *routing.alpha, kept.data()));
+      return;
+    }
     for (int64_t h = 0; h < g; ++h) {
-      double* head = p.data() + h * width;
-      entmax_probabilities(z.data() + (query * g + h) * step + range.begin, range.count(), tau[h],
-                           routing.alpha, head + range.begin);
-      for (int64_t c = range.begin; c < range.end; ++c) w[c] += head[c];
+      tau[h] =
+          entmax_threshold(scores(query, h, range), range.count(), *routing.alpha, kept.data());
+    }
+  }
+
+  /// The routing weights w of one query from its scores and thresholds.
+  void weigh(const DashRouting& routing, int64_t query, Candidates range) {
+    std::fill_n(w.begin(), width, 0.0);
+    if (range.count() == 0) return;
+    if (routing.aggregation == Aggregation::softmax) {
+      mix(routing, query, range);
+      entmax_probabilities(mixed.data(), range.count(), tau[0], *routing.alpha,
+                           w.data() + range.begin);
+      return;
+    }
+    for (int64_t h = 0; h < g; ++h) {
+      entmax_probabilities(scores(query, h, range), range.count(), tau[h], *routing.alpha,
+                           head(h, range));
+      for (int64_t c = range.begin; c < range.end; ++c) w[c] += p[h * width + c];
     }
     for (int64_t c = range.begin; c < range.end; ++c) w[c] /= static_cast<double>(g);
   }
 
-  std::vector<double> p;         // [g, width] entmax of one query
+  /// From dw to the gradients of one query's scores, which take the scores' place.
+  void weigh_backward(const DashRouting& routing, int64_t query, Candidates range) {
+    const int64_t n = range.count();
+    for (int64_t h = 0; h < g; ++h) {  // 0 where a head routes over nothing
+      double* row = z.data() + (query * g + h) * step;
+      std::fill(row, row + std::min(range.begin, width), 0.0);
+      std::fill(row + std::min(range.end, width), row + width, 0.0);
+    }
+    if (n == 0) return;
+    double* dw_row = dw.data() + range.begin;
+    if (routing.aggregation == Aggregation::softmax) {
+      entmax_row_backward(w.data() + range.begin, dw_row, n, *routing.alpha, mixed.data());
+      for (int64_t h = 0; h < g; ++h) {
+        const double share = *routing.gamma / static_cast<double>(g);
+        const double* soft = head(h, range);
+        double dot = 0;
+        for (int64_t c = 0; c < n; ++c) dot += soft[c] * mixed[c];
+        double* dz = scores(query, h, range);
+        for (int64_t c = 0; c < n; ++c) dz[c] = share * soft[c] * (mixed[c] - dot);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < n; ++c) dw_row[c] /= static_cast<double>(g);
+    for (int64_t h = 0; h < g; ++h) {
+      entmax_row_backward(head(h, range), dw_row, n, *routing.alpha, scores(query, h, range));
+    }
+  }
+
+  int64_t g = 1;
+  double scale = 1;              // of the queries that ScoreTile holds
+  std::vector<double> p;         // [g, width] entmax, or softmax, of one query's heads
   std::vector<double> w;         // [width]
+  std::vector<double> mixed;     // [candidates] gamma mean of softmax, shifted
   std::vector<double> kept;      // [width] scratch of a row
   std::vector<int64_t> support;  // [width] chunks with w > 0 of one query
   std::vector<double> tau;       // [g]
   std::vector<double> dw, dq;
+
+ private:
+  /// p = softmax of each head, mixed = gamma times their mean.
+  void mix(const DashRouting& routing, int64_t query, Candidates range) {
+    const int64_t n = range.count();
+    const double share = *routing.gamma / static_cast<double>(g);
+    std::fill_n(mixed.begin(), n, 0.0);
+    for (int64_t h = 0; h < g; ++h) {
+      softmax_row(scores(query, h, range), n, head(h, range));
+      for (int64_t c = 0; c < n; ++c) mixed[c] += share * head(h, range)[c];
+    }
+    entmax_shift(mixed.data(), n);
+  }
 };
 
 thread_local RoutedTile tile_of_thread;
@@ -105,7 +196,7 @@ void Kernels<Device::cpu>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Ten
           if ((c + 1) * chunk > N) continue;  // a trailing partial chunk has no summary
           double* a = chunk_of_thread.data();
           const T* keys = kv.at(b, r, c * chunk);
-          summary_weights(keys, kv.token_step, s.ptr<T>() + r * D, chunk, D, a);
+          summary_weights(keys, kv.token_step, s ? s.ptr<T>() + r * D : nullptr, chunk, D, a);
           for (int64_t t = 0; t < chunk; ++t) {
             for (int64_t d = 0; d < D; ++d) out[d] += a[t] * keys[t * kv.token_step + d];
           }
@@ -133,7 +224,7 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
       double* e = a + std::min(chunk, N);
       double* ds = e + std::min(chunk, N);
       std::fill_n(ds, D, 0.0);
-      const T* query = s.ptr<T>() + r * D;
+      const T* query = s ? s.ptr<T>() + r * D : nullptr;
       for (int64_t b = 0; b < B; ++b) {
         for (int64_t c = 0; (c + 1) * chunk <= N; ++c) {
           const T* keys = kv.at(b, r, c * chunk);
@@ -149,14 +240,17 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
             const double dscore = a[t] * (e[t] - mean) * scale;
             T* dk = dkv.at(b, r, c * chunk + t);
             for (int64_t d = 0; d < D; ++d) {
-              dk[d] += static_cast<T>(a[t] * dout[d] + dscore * query[d]);
+              dk[d] += static_cast<T>(a[t] * dout[d]);
+            }
+            for (int64_t d = 0; query && d < D; ++d) {
+              dk[d] += static_cast<T>(dscore * query[d]);
               ds[d] += dscore * keys[t * kv.token_step + d];
             }
           }
         }
       }
-      T* out = ds_sum.ptr<T>() + r * D;
-      for (int64_t d = 0; d < D; ++d) out[d] += static_cast<T>(ds[d]);
+      T* out = query ? ds_sum.ptr<T>() + r * D : nullptr;
+      for (int64_t d = 0; out && d < D; ++d) out[d] += static_cast<T>(ds[d]);
     }
   });
 }
@@ -183,14 +277,11 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
           for (int64_t i = 0; i < count; ++i) {
             const int64_t at = (b * s.Hkv + r) * s.N + first + i, own = (first + i) / routing.chunk;
             const Candidates range(routing, own);
+            tile.find_thresholds(routing, i, range);
             for (int64_t h = 0; h < s.g; ++h) {
-              const double* z = tile.z.data() + (i * s.g + h) * tile.step;
-              tile.tau[h] = range.count() > 0 ? entmax_threshold(z + range.begin, range.count(),
-                                                                 routing.alpha, tile.kept.data())
-                                              : 0;
               tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i] = tile.tau[h];
             }
-            tile.weigh(routing, s.g, i, range, tile.tau.data());
+            tile.weigh(routing, i, range);
 
             uint64_t* mask = blocks.mask.ptr<uint64_t>() + at * words;
             T* bias = blocks.bias.ptr<T>() + at * M;
@@ -225,8 +316,11 @@ void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& 
             for (int64_t c = range.begin; c < range.end; ++c) w[c] = static_cast<T>(tile.w[c]);
           }
           if (read) {
+            double* fields = read.ptr<double>() + r * read_fields;
 #pragma omp atomic
-            read.ptr<double>()[r * read_fields + read_router] += entries;
+            fields[read_router] += entries;
+#pragma omp atomic
+            fields[read_flops] += (2 + 4) * entries * static_cast<double>(s.g * s.D);
           }
         }
       }
@@ -240,8 +334,8 @@ int64_t Kernels<Device::cpu>::dash_route_backward_scratch(const Shape& q, const 
   return kbar.numel() * s.parts();
 }
 
-// dl_c = (D_c - mean D) / sigma on the support, dw_c = dl_c / (w_c + eps), dwhat = dw / g, then
-// entmax's backward per head, then the two products with kbar and q.
+// dl_c = (D_c - mean D) / sigma on the support, dw_c = dl_c / (w_c + eps), then the backward of the
+// weights, then the two products with kbar and q.
 template <>
 void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing,
                                                Tensor tau, Tensor dbias, Tensor dq_sum,
@@ -250,7 +344,6 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q), dqv(dq_sum);
     const int64_t M = kbar[2], parts = s.parts(), per_head = M * s.D;
-    const double scale = *routing.gamma / std::sqrt(static_cast<double>(s.D));
     double* sums = scratch.ptr<double>();  // [B, Hkv, parts, M, D]
 #pragma omp parallel
     tile_of_thread.reserve(s, M);
@@ -273,7 +366,7 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
               for (int64_t h = 0; h < s.g; ++h) {
                 tile.tau[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
               }
-              tile.weigh(routing, s.g, i, range, tile.tau.data());
+              tile.weigh(routing, i, range);
               const T* block_sums = dbias.ptr<T>() + at * M;
               double mean = 0, support = 0;  // block_sums is 0 off the support
 #pragma omp simd reduction(+ : mean, support)
@@ -282,22 +375,14 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
                 support += tile.w[c] > 0 ? 1.0 : 0.0;
               }
               mean = routing.center && support > 0 ? mean / support : 0;
-              const double share = 1 / (routing.sigma * static_cast<double>(s.g));
 #pragma omp simd
               for (int64_t c = range.begin; c < range.end; ++c) {
                 const double w = tile.w[c] > 0 ? tile.w[c] + routing.prior_eps : 1.0;
-                tile.dw[c] = tile.w[c] > 0 ? (block_sums[c] - mean) * share / w : 0.0;
+                tile.dw[c] = tile.w[c] > 0 ? (block_sums[c] - mean) / (routing.sigma * w) : 0.0;
               }
-              for (int64_t h = 0; h < s.g; ++h) {  // scores are done with: dz takes their place
-                double* dz = tile.z.data() + (i * s.g + h) * step;
-                entmax_row_backward(tile.p.data() + h * width + range.begin,
-                                    tile.dw.data() + range.begin, range.count(), routing.alpha,
-                                    dz + range.begin);
-                std::fill(dz, dz + std::min(range.begin, width), 0.0);
-                std::fill(dz + std::min(range.end, width), dz + width, 0.0);
-              }
+              tile.weigh_backward(routing, i, range);
             }
-            // queries carry gamma / sqrt(D) already
+            // queries carry the scale already
             tile::gemm(width, s.D, rows, tile.z.data(), int64_t{1}, step, tile.queries.data(), s.D,
                        dk_part, s.D, true);
             tile::gemm(rows, s.D, width, tile.z.data(), step, int64_t{1}, keys, s.D, tile.dq.data(),
@@ -305,7 +390,7 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
             for (int64_t i = 0; i < rows; ++i) {
               T* dq = dqv.at(b, r * s.g + i % s.g, first + i / s.g);
               for (int64_t d = 0; d < s.D; ++d) {
-                dq[d] += static_cast<T>(scale * tile.dq[i * s.D + d]);
+                dq[d] += static_cast<T>(tile.scale * tile.dq[i * s.D + d]);
               }
             }
           }
@@ -319,6 +404,51 @@ void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const Dash
         double sum = part[0];
         for (int64_t p = 1; p < parts; ++p) sum += part[p * per_head];
         dkbar.ptr<double>()[head * per_head + i] = sum;
+      }
+    }
+  });
+}
+
+// A task is a stretch of positions, for which it goes over the whole batch: sums are in order.
+template <>
+void Kernels<Device::cpu>::dash_entropy(Tensor q, Tensor kbar, const DashRouting& routing,
+                                        Tensor tau, Tensor entropy) const {
+  by_type(q, [&]<class T>(T) {
+    const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
+    const HeadView<T> qv(q);
+    const int64_t M = kbar[2];
+    const double sharpen = routing.aggregation == Aggregation::softmax ? *routing.gamma : 1;
+#pragma omp parallel
+    tile_of_thread.reserve(s, M);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t t = 0; t < s.tiles(); ++t) {
+      RoutedTile& tile = tile_of_thread;
+      const int64_t first = t * s.tile(), count = std::min(s.tile(), s.N - first);
+      for (int64_t head = 0; head < s.B * s.Hkv; ++head) {
+        const int64_t b = head / s.Hkv, r = head % s.Hkv;
+        tile.load(qv, kbar.ptr<double>() + head * M * s.D, s, routing, b, r, first, count);
+        for (int64_t i = 0; i < count; ++i) {
+          const Candidates range(routing, (first + i) / routing.chunk);
+          const int64_t n = range.count();
+          if (n == 0) continue;
+          for (int64_t h = 0; h < s.g; ++h) {
+            tile.tau[h] = tau.ptr<double>()[(b * s.Hq + r * s.g + h) * s.N + first + i];
+          }
+          tile.weigh(routing, i, range);
+          double* mean = tile.dw.data();
+          std::fill_n(mean, n, 0.0);
+          for (int64_t h = 0; h < s.g; ++h) {
+            double* z = tile.scores(i, h, range);
+            for (int64_t c = 0; c < n; ++c) z[c] *= sharpen;
+            softmax_row(z, n, tile.kept.data());
+            for (int64_t c = 0; c < n; ++c) mean[c] += tile.kept[c] / static_cast<double>(s.g);
+          }
+          double* fields = entropy.ptr<double>() + (first + i) * entropy_fields;
+          fields[entropy_queries] += 1;
+          fields[entropy_candidates] += static_cast<double>(n);
+          fields[entropy_routing] += entropy_of(tile.w.data() + range.begin, n);
+          fields[entropy_softmax] += entropy_of(mean, n);
+        }
       }
     }
   });

@@ -132,8 +132,11 @@ void select(Tensor q, Tensor keys, const BlockSelection& selection, Tensor mask,
           entries += static_cast<double>(visible);
         }
         if (read) {
+          double* fields = read.ptr<double>() + r * read_fields;
 #pragma omp atomic
-          read.ptr<double>()[r * read_fields + read_router] += entries;
+          fields[read_router] += entries;
+#pragma omp atomic
+          fields[read_flops] += 2 * entries * static_cast<double>(s.g * s.D);  // no way back
         }
       }
     }

@@ -35,8 +35,10 @@ struct AttentionShape {
         D(q[3]),
         g(Hkv > 0 ? Hq / Hkv : 0),
         keys(runs.within(N)) {
-    require(q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == keys && k[3] == D && g * Hkv == Hq,
-            "attention of queries {} over keys {}", q.to_string(), k.to_string());
+    const bool fit =
+        q.rank == 4 && k.rank == 4 && k[0] == B && k[2] == keys && k[3] == D && g * Hkv == Hq;
+    // Not require(): the step would write out shapes each time, which allocates.
+    if (!fit) fail("attention of queries {} over keys {}", q.to_string(), k.to_string());
   }
   /// Queries handled together: about 512 (query, head) rows.
   int64_t tile() const { return g >= 32 ? 16 : 512 / g; }

@@ -31,6 +31,7 @@ struct AttentionInput {
   std::vector<Var> projected;  // those of projections(), in order: views [B, heads, N, width]
   std::vector<Var> params;     // those that params() asked for, in order
   Tensor read;                 // f64 [Hkv, read_fields], see ReadField
+  Tensor entropy = {};         // f64 [N, entropy_fields], see EntropyField, or empty
 };
 
 class AttentionMethod {
@@ -43,12 +44,16 @@ class AttentionMethod {
   /// Parameters that one layer adds, named within "model.layers.{i}.self_attn.".
   virtual std::vector<ParamSpec> params(const HeadShape&) const { return {}; }
 
+  /// Multiplications forward with the weights among params(), for a sequence of so many tokens.
+  virtual int64_t products(const HeadShape&, int64_t) const { return 0; }
+
   /// Records attention; o [B, Hq, N, D] views the layer's output, which forward writes and whose
   /// gradient backward reads.
   virtual void record(Tape& tape, const AttentionInput& in, Var o) const = 0;
 
-  /// The knob of sparsity that a controller may turn while training, or null.
+  /// The knobs of sparsity that a controller or a schedule may turn while training, or null.
   virtual double* gamma() { return nullptr; }
+  virtual double* alpha() { return nullptr; }
 };
 
 /// The names a config's `method` can have.

@@ -22,6 +22,14 @@ std::vector<ParamSpec> Compression::params(const std::string& name, int64_t D) c
   }
 }
 
+int64_t Compression::products(int64_t D, int64_t tokens) const {
+  const int64_t whole = windows_.length * D * D;
+  const int64_t a_window = kind_ == Kind::mlp      ? whole + D * (D / 2)
+                           : kind_ == Kind::linear ? whole
+                                                   : 0;
+  return windows_.within(tokens) * a_window;
+}
+
 Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
   const Kernels<Device::cpu> k;
   const Runs windows = windows_;
@@ -56,7 +64,8 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
           k.unfold_runs(x.value, windows, {}, rows);
           k.linear_backward(out.grad, rows, w.value, drows, w.grad);
           k.fold_runs(drows, y.grad, windows, x.grad);
-        });
+        },
+        {w.grad});
     return y;
   }
 
@@ -84,7 +93,8 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params) const {
         k.linear_backward(dgate_up, rows, up.value, drows, up.grad);
         k.add_rows(drows, position.grad);
         k.fold_runs(drows, y.grad, windows, x.grad);
-      });
+      },
+      {position.grad, up.grad, down.grad});
   return y;
 }
 

@@ -22,6 +22,9 @@ class Compression {
   /// Named NAME.position and so on.
   std::vector<ParamSpec> params(const std::string& name, int64_t head_dim) const;
 
+  /// Multiplications forward, for one head's sequence of so many tokens.
+  int64_t products(int64_t head_dim, int64_t tokens) const;
+
   /// Records x [B, H, N, D] (a view) to [B, H, windows.within(N), D]; writes x's gradient whole.
   Var record(Tape& tape, Var x, std::span<const Var> params) const;
 

@@ -23,6 +23,17 @@ struct AttentionConfig {
   std::string compression = "mlp";  // nsa: mlp | linear | mean, of a window's keys and values
   double target_density = 0.0;      // > 0: a controller drives gamma during training to reach it
 
+  // dash: schedules that run linearly from a start over some first steps, 0: as above throughout
+  double alpha_start = 1.0;
+  int alpha_steps = 0;
+  double gamma_start = 1.0;
+  int gamma_steps = 0;
+
+  // dash: ablations of what the method is made of
+  std::string summaries = "learned";   // learned | mean, of a chunk's keys
+  std::string aggregation = "entmax";  // entmax | softmax, of heads before their mean
+  bool router_gradient = true;         // false: the token softmax does not train the router
+
   bool operator==(const AttentionConfig&) const = default;
 };
 

@@ -24,7 +24,8 @@ class FullAttention : public AttentionMethod {
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, every_block,
                                      q.grad, k.grad, v.grad, {}, scratch);
-        });
+        },
+        {k.grad, v.grad});
   }
 };
 

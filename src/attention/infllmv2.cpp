@@ -47,7 +47,8 @@ class InfLlmV2Attention : public AttentionMethod {
         [=] {
           kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,
                                      q.grad, k.grad, v.grad, {}, scratch);
-        });
+        },
+        {k.grad, v.grad});
   }
 
  private:

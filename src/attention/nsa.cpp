@@ -54,6 +54,10 @@ class NsaAttention : public AttentionMethod {
     return specs;
   }
 
+  int64_t products(const HeadShape& s, int64_t tokens) const override {
+    return 2 * s.n_kv_head * compression_.products(s.head_dim, tokens);
+  }
+
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Var* x = in.projected.data();
     NsaInput branches{.q = in.q,
@@ -80,7 +84,7 @@ class NsaAttention : public AttentionMethod {
     tape.record(
         "gate", gate.value, logits.grad,
         [=] { kernels.gate(logits.value, bias.value, gate.value); },
-        [=] { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); });
+        [=] { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); }, {bias.grad});
     return gate;
   }
 

@@ -7,7 +7,7 @@ struct Branch {
   const char* name;
   Var k, v, gate;
   BlockSet blocks;
-  Tensor read;
+  bool counts;  // what it reads makes the density
 };
 
 }  // namespace
@@ -29,9 +29,9 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
   });
 
   const Branch branches[] = {
-      {"compressed", kc, in.vc, in.gates[0], compressed, {}},
-      {"selected", in.ks, in.vs, in.gates[1], selected, in.read},
-      {"window", in.kw, in.vw, in.gates[2], last, {}},
+      {"compressed", kc, in.vc, in.gates[0], compressed, false},
+      {"selected", in.ks, in.vs, in.gates[1], selected, true},
+      {"window", in.kw, in.vw, in.gates[2], last, false},
   };
   for (size_t i = 0; i < 3; ++i) {
     const Branch x = branches[i];
@@ -46,8 +46,9 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
     }
     tape.record(
         x.name, out, q.grad,
-        [=] {
-          kernels.attention(q.value, x.k.value, x.v.value, x.blocks, out, lse, keys, x.read);
+        [=, read = in.read] {
+          kernels.attention(q.value, x.k.value, x.v.value, x.blocks, out, lse, keys, read,
+                            !x.counts);
           kernels.scale_rows(out, x.gate.value, !first, o.value);
         },
         [=] {
@@ -55,7 +56,8 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
           kernels.scale_rows_backward(o.grad, out, x.gate.value, dout, x.gate.grad);
           kernels.attention_backward(q.value, x.k.value, x.v.value, out, dout, lse, x.blocks,
                                      q.grad, x.k.grad, x.v.grad, {}, scratch, !last_one);
-        });
+        },
+        {x.gate.grad, x.k.grad, x.v.grad});
   }
   return mask;
 }

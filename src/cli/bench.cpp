@@ -66,22 +66,19 @@ void bench_train(const TrainShape& s) {
   const OptimConfig optim;
   std::vector<double> forward, backward, update, step, share, rates;
   double flops = 0;
-  const int group = s.model.n_head / s.model.n_kv_head;
   for (int i = 0; i <= s.repeats; ++i) {
     Tensor read = decoder.read();
     std::fill_n(read.ptr<double>(), read.numel(), 0.0);
     const double f = timed([&] { tape->forward(); });
-    double pairs = 0;
+    double attention = 0;
     for (int64_t j = 0; j < read.numel(); j += read_fields)
-      pairs += read.ptr<double>()[j + read_pairs];
+      attention += read.ptr<double>()[j + read_flops];
     const double b = timed([&] { tape->backward(); });
     const double u = timed(
         [&] { adamw_step(decoder.params(), optim, i + 1, 1e-4, grad_norm(decoder.params())); });
     const double rate = matmul_rate();
     if (i == 0) continue;  // warms up
-    flops =
-        6.0 * static_cast<double>(decoder.matmul_params()) * static_cast<double>(tokens.numel()) +
-        12.0 * pairs * s.model.head_dim * group;
+    flops = 6.0 * static_cast<double>(s.batch * decoder.products(s.tokens)) + attention;
     forward.push_back(f), backward.push_back(b), update.push_back(u), step.push_back(f + b + u);
     rates.push_back(rate), share.push_back(flops / (f + b + u) / rate);
   }
@@ -106,7 +103,7 @@ void bench_train(const TrainShape& s) {
 
 struct AttentionShape {
   int batch = 1, n_head = 8, n_kv_head = 2, head_dim = 32, tokens = 4096, chunk = 32, repeats = 7;
-  double density = 0.125;
+  std::vector<double> densities{0.5, 0.25, 0.125, 0.0625};
 };
 
 /// One attention layer's forward and backward on a tape, inputs drawn so that runs of keys and the
@@ -164,8 +161,16 @@ class Layer {
     return density();
   }
 
-  void forward() { tape_->forward(); }
-  void backward() { tape_->backward(); }
+  /// Forward and backward; seconds of the ops named so then stand in time().
+  void run() {
+    tape_->clear_times();
+    tape_->forward();
+    tape_->backward();
+  }
+  double time(const char* op) const {
+    const OpTime time = tape_->time(op);
+    return time.forward + time.backward;
+  }
 
  private:
   static void fill(Tensor qkv, Tensor dout) {
@@ -191,34 +196,51 @@ class Layer {
 };
 
 void bench_attention(const AttentionShape& s) {
-  Layer full({.method = "full"}, s);
-  Layer dash({.method = "dash", .chunk = s.chunk}, s);
-  const double density = dash.seek(s.density);
-  std::vector<double> full_forward, full_backward, dash_forward, dash_backward, ratio, rates;
-  for (int i = 0; i <= s.repeats; ++i) {
-    const double ff = timed([&] { full.forward(); }), fb = timed([&] { full.backward(); });
-    const double df = timed([&] { dash.forward(); }), db = timed([&] { dash.backward(); });
-    const double rate = matmul_rate();
-    if (i == 0) continue;
-    full_forward.push_back(ff), full_backward.push_back(fb);
-    dash_forward.push_back(df), dash_backward.push_back(db);
-    ratio.push_back((df + db) / (ff + fb)), rates.push_back(rate);
+  struct Row {
+    Layer layer;
+    double density;
+    std::vector<double> engine, router, of_full;
+  };
+  std::vector<std::unique_ptr<Row>> rows;
+  const auto add = [&](const AttentionConfig& config, double density) -> Row& {
+    return *rows.emplace_back(new Row{Layer(config, s), density, {}, {}, {}});
+  };
+  const Row& full = add({.method = "full"}, 1);
+  for (const double density : s.densities) {
+    Row& row = add({.method = "dash", .chunk = s.chunk}, density);
+    row.density = row.layer.seek(density);
   }
-  const double pairs = static_cast<double>(s.batch) * s.n_head * s.tokens * (s.tokens + 1.0) / 2;
-  const double flops = 12 * pairs * s.head_dim;
-  const double full_time = median(full_forward) + median(full_backward);
-  const double dash_time = median(dash_forward) + median(dash_backward);
+  std::vector<double> rates;
+  for (int i = 0; i <= s.repeats; ++i) {  // side by side: noise meets all alike
+    double full_time = 0;
+    for (const auto& row : rows) {
+      row->layer.run();
+      const double engine = row->layer.time("attention"), router = row->layer.time("routing");
+      if (row.get() == &full) full_time = engine;
+      if (i == 0) continue;  // warms up
+      row->engine.push_back(engine);
+      row->router.push_back(router);
+      row->of_full.push_back((engine + router) / full_time);
+    }
+    rates.push_back(matmul_rate());
+  }
   fmt::print("attention: batch {}, {}/{} heads of {}, {} tokens, chunk {}, {} threads\n", s.batch,
              s.n_head, s.n_kv_head, s.head_dim, s.tokens, s.chunk, omp_get_max_threads());
-  fmt::print("              density   forward  backward  GFLOP/s on attended pairs\n");
-  fmt::print("  full          1.000  {:6.1f} ms {:6.1f} ms  {:6.1f}\n", 1e3 * median(full_forward),
-             1e3 * median(full_backward), flops / full_time / 1e9);
-  fmt::print("  dash          {:.3f}  {:6.1f} ms {:6.1f} ms  {:6.1f}\n", density,
-             1e3 * median(dash_forward), 1e3 * median(dash_backward),
-             density * flops / dash_time / 1e9);
-  fmt::print("  dash takes {:.3f} of full attention's time, routing and its backward included\n",
-             median(ratio));
-  fmt::print("  float32 matrix product 1024^3: {:.1f} GFLOP/s\n", median(rates) / 1e9);
+  fmt::print(
+      "forward and backward, medians of {}; engine: attention over the chosen blocks, against time "
+      "in proportion to density\n"
+      "        density     engine     router  of full  engine/density  GFLOP/s\n",
+      s.repeats);
+  const double flops = 12.0 * s.batch * s.n_head * s.tokens * (s.tokens + 1.0) / 2 * s.head_dim;
+  const double first = median(rows[1]->engine) / rows[1]->density;
+  for (const auto& row : rows) {
+    const double engine = median(row->engine);
+    fmt::print("  {:4}    {:.3f}  {:6.1f} ms  {:6.1f} ms    {:.3f}           {:.2f}  {:7.1f}\n",
+               row.get() == &full ? "full" : "dash", row->density, 1e3 * engine,
+               1e3 * median(row->router), median(row->of_full), engine / row->density / first,
+               row->density * flops / engine / 1e9);
+  }
+  fmt::print("float32 matrix product 1024^3: {:.1f} GFLOP/s\n", median(rates) / 1e9);
 }
 
 }  // namespace
@@ -228,7 +250,7 @@ void add_bench(CLI::App& app) {
   bench->require_subcommand(1);
   bench->footer(
       "Examples:\n  entrain bench train --batch 4 --tokens 1024\n"
-      "  entrain bench attention --tokens 4096 --density 0.125");
+      "  entrain bench attention --tokens 4096 --density 0.5 0.125");
 
   auto t = std::make_shared<TrainShape>();
   CLI::App* train = bench->add_subcommand("train", "The training step");
@@ -276,9 +298,9 @@ void add_bench(CLI::App& app) {
       ->check(CLI::PositiveNumber);
   attention->add_option("--tokens", a->tokens)->capture_default_str()->check(CLI::PositiveNumber);
   attention->add_option("--chunk", a->chunk)->capture_default_str()->check(CLI::PositiveNumber);
-  attention->add_option("--density", a->density, "of DashAttention, reached by gamma")
+  attention->add_option("--density", a->densities, "one or more of DashAttention, reached by gamma")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(0.001, 1.0));
   attention->add_option("--repeats", a->repeats)->capture_default_str()->check(CLI::PositiveNumber);
   attention->callback([a] { bench_attention(*a); });
 }

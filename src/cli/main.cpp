@@ -5,6 +5,7 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <iostream>
 #include <new>
 #include <vector>
@@ -46,6 +47,20 @@ void require_known_command(CLI::App& app, const std::string& name) {
   throw ConfigError(fmt::format("unknown command {}; did you mean {}?", name, nearest->get_name()));
 }
 
+/// What a command can do with less memory.
+std::string with_less_memory(const CLI::App& app) {
+  const std::vector<CLI::App*> commands = app.get_subcommands();
+  const std::string command = commands.empty() ? "" : commands.front()->get_name();
+  if (command == "train") {
+    return "; lower train.micro_batch or data.seq_len, or set train.recompute=true";
+  }
+  if (command == "eval") return "; set a smaller data.seq_len";
+  if (command == "tokenize") return "; take fewer --threads, or shorter lines of JSON";
+  if (command == "op") return "; take smaller tensors";
+  if (command == "bench") return "; lower --batch or --tokens";
+  return "";
+}
+
 int run(int argc, char** argv) {
   CLI::App app(
       "Trains small language models from scratch to study trainable block-sparse attention.",
@@ -75,12 +90,20 @@ int run(int argc, char** argv) {
     return error.refused ? refused : failed;
   } catch (const ConfigError& error) {
     return report(error.what(), refused);
+  } catch (const OutOfMemory& error) {
+    return report(error.what() + with_less_memory(app), failed);
   } catch (const std::bad_alloc&) {
-    return report("out of memory; take a smaller train.micro_batch, or train.recompute=true",
-                  failed);
+    return report("out of memory" + with_less_memory(app), failed);
   } catch (const std::exception& error) {
     return report(error.what(), failed);
   }
+}
+
+/// The code that a command ends with, unless what it printed is lost.
+int checked(int code) {
+  const bool flushed = std::fflush(stdout) == 0;  // std::cout writes through it
+  if (code != done || (flushed && std::ferror(stdout) == 0)) return code;
+  return report("cannot write all of the standard output (disk full?)", failed);
 }
 
 }  // namespace
@@ -90,5 +113,5 @@ int main(int argc, char** argv) {
   // Warnings are lines beside the errors, not part of what a command prints.
   spdlog::set_default_logger(spdlog::stderr_logger_mt("entrain"));
   spdlog::set_pattern("entrain: %l: %v");
-  return entrain::cli::run(argc, argv);
+  return entrain::cli::checked(entrain::cli::run(argc, argv));
 }

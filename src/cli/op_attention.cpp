@@ -72,16 +72,16 @@ void run_dash(Case& c) {
   const int64_t B = a.q[0], Hq = a.q[1], N = a.q[2], D = a.q[3], Hkv = a.k[1];
   require(summary[0] == Hkv && summary[1] == D, "{}: summary_query {} does not fit k {}", c.where(),
           summary.shape.to_string(), a.k.shape.to_string());
-  const double gamma = c.parameter("gamma", 1.0);
+  const double alpha = c.parameter("alpha", 1.5), gamma = c.parameter("gamma", 1.0);
   const DashRouting routing{.chunk = c.required("chunk"),
-                            .alpha = c.parameter("alpha", 1.5),
                             .sigma = c.parameter("sigma", 1e6),
                             .prior_eps = c.parameter("prior_eps", 0),
                             .center = c.parameter("center", 1) != 0,
                             .init_blocks = static_cast<int64_t>(c.parameter("init_blocks", 0)),
                             .local_blocks = static_cast<int64_t>(c.parameter("local_blocks", 1)),
+                            .alpha = &alpha,
                             .gamma = &gamma};
-  check_alpha(c, routing.alpha);
+  check_alpha(c, alpha);
   require(routing.chunk > 0 && routing.chunk < (1 << 30) && routing.init_blocks >= 0 &&
               routing.local_blocks >= 0 && routing.sigma > 0 && routing.prior_eps >= 0,
           "{}: chunk and sigma must be positive, init_blocks, local_blocks and prior_eps not "

@@ -21,10 +21,10 @@ Buffer::Buffer(size_t bytes, Device device) : bytes_(bytes), device_(device) {
   require(device == Device::cpu, "this build has no CUDA");
   if (bytes == 0) return;
   data_ = std::aligned_alloc(alignment, round_up(bytes));
-  require(data_ != nullptr,
-          "out of memory: {:.2f} GiB were asked for at once; lower train.micro_batch or "
-          "data.seq_len, or set train.recompute: true",
-          static_cast<double>(bytes) / (1 << 30));
+  if (!data_) {
+    throw OutOfMemory(fmt::format("out of memory: {:.2f} GiB were asked for at once",
+                                  static_cast<double>(bytes) / (1 << 30)));
+  }
   std::memset(data_, 0, round_up(bytes));
 }
 

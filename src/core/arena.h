@@ -6,7 +6,8 @@
 
 namespace entrain {
 
-/// One aligned, zero-initialised allocation. Throws Error that says how much was asked for.
+/// One aligned, zero-initialised allocation. Throws OutOfMemory that says how much
+/// was asked for.
 class Buffer {
  public:
   Buffer() = default;

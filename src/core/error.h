@@ -11,6 +11,11 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// More memory was asked for than there is. main() adds what the command can do with less.
+struct OutOfMemory : Error {
+  using Error::Error;
+};
+
 /// Throws Error with a message formatted as by fmt::format. Say what is wrong and what to do.
 template <class... Args>
 [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {

@@ -55,8 +55,10 @@ void sync_folder(const std::string& path) {
   const std::string folder = std::filesystem::absolute(path).parent_path().string();
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) return;
-  ::fsync(descriptor);
+  const bool synced = ::fsync(descriptor) == 0 || errno == EINVAL;  // EINVAL: it cannot
+  const int error = errno;
   ::close(descriptor);
+  require(synced, "{}: cannot be flushed to the disk: {}", folder, std::strerror(error));
 }
 
 }  // namespace entrain

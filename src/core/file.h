@@ -12,7 +12,8 @@ std::string read_file(const std::string& path);
 /// full.
 void replace_file(const std::string& path, const std::string& text);
 
-/// Makes a rename to `path` survive a power cut, where the file system can.
+/// Makes a rename to `path` survive a power cut, where the file system can. Throws Error when the
+/// disk fails.
 void sync_folder(const std::string& path);
 
 }  // namespace entrain

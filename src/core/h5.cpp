@@ -412,28 +412,6 @@ void File::read(const std::string& dataset, Tensor into) const {
     read_failed(path_, dataset);
 }
 
-template <class T>
-std::vector<T> File::read_range(const std::string& dataset, int64_t begin, int64_t count) const {
-  const Id from = open_dataset(id(), path_, dataset);
-  nearest(from, path_, dataset);
-  require_range(shape_of(from, path_, dataset), begin, count, path_, dataset);
-  std::vector<T> values(static_cast<size_t>(count));
-  if (count == 0) return values;
-  const Range range(from, static_cast<hsize_t>(begin), static_cast<hsize_t>(count));
-  if (H5Dread(from, native<T>(), range.memory, range.file, H5P_DEFAULT, values.data()) < 0)
-    read_failed(path_, dataset);
-  return values;
-}
-
-template std::vector<float> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<double> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<int32_t> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<int64_t> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<uint8_t> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<uint16_t> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<uint32_t> File::read_range(const std::string&, int64_t, int64_t) const;
-template std::vector<uint64_t> File::read_range(const std::string&, int64_t, int64_t) const;
-
 Placed File::placed(const std::string& dataset) const {
   const Id from = open_dataset(id(), path_, dataset);
   Placed place{0, shape_of(from, path_, dataset), nearest(from, path_, dataset)};
@@ -461,22 +439,6 @@ void File::write(const std::string& dataset, Tensor x, Pack pack) {
   const Id to = create_dataset(id(), path_, dataset, x.dtype, space, creation);
   if (x.numel() > 0 && H5Dwrite(to, native(x.dtype), H5S_ALL, H5S_ALL, H5P_DEFAULT, x.data) < 0)
     write_failed(path_, dataset);
-}
-
-void File::append(const std::string& dataset, Tensor x) {
-  require_host(x, path_, dataset);
-  if (!exists(id(), dataset)) {
-    const hsize_t none = 0, unlimited = H5S_UNLIMITED;
-    const Id space(H5Screate_simple(1, &none, &unlimited), H5Sclose);
-    const Id creation(H5Pcreate(H5P_DATASET_CREATE), H5Pclose);
-    chunk(creation, Shape{64 << 10}, size_of(x.dtype));
-    create_dataset(id(), path_, dataset, x.dtype, space, creation);
-  }
-  const Id to = open_dataset(id(), path_, dataset);
-  const int64_t begin = shape_of(to, path_, dataset)[0];
-  const hsize_t end = static_cast<hsize_t>(begin) + static_cast<hsize_t>(x.numel());
-  if (H5Dset_extent(to, &end) < 0) write_failed(path_, dataset);
-  write_range(dataset, begin, x);
 }
 
 void File::reserve(const std::string& dataset, Shape shape, DType dtype) {

@@ -48,16 +48,11 @@ class File {
   Array read(const std::string& dataset) const;
   /// Reads a whole dataset into a contiguous host tensor of the same shape, converting.
   void read(const std::string& dataset, Tensor into) const;
-  /// Elements [begin, begin + count) of a one-dimensional dataset.
-  template <class T>
-  std::vector<T> read_range(const std::string& dataset, int64_t begin, int64_t count) const;
 
   /// Throws unless the dataset is stored uncompressed, in one piece and in this machine's types.
   Placed placed(const std::string& dataset) const;
 
   void write(const std::string& dataset, Tensor contiguous, Pack pack = Pack::none);
-  /// A one-dimensional dataset that grows; appends to it (chunked storage).
-  void append(const std::string& dataset, Tensor one_dimensional);
   /// A dataset in one piece whose elements are then written in parts with write_range.
   void reserve(const std::string& dataset, Shape shape, DType dtype);
   /// Elements [begin, begin + size) of a one-dimensional dataset.

@@ -33,11 +33,10 @@ bool finite(const Tensor& t) {
 }
 
 /// Calls f and adds the seconds it took.
-void run(const std::function<void()>& f, double* seconds) {
-  if (!seconds) return f();
+void run(const std::function<void()>& f, double& seconds) {
   const auto begin = std::chrono::steady_clock::now();
   f();
-  *seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 }  // namespace
@@ -61,9 +60,11 @@ Var Tape::shared_var(Shape shape) {
 }
 
 void Tape::record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
-                  std::function<void()> backward) {
+                  std::function<void()> backward, std::vector<Tensor> more_grads) {
   if (!training()) backward = {};
-  entries_.push_back({scope_ + name, value, grad, std::move(forward), std::move(backward), time_});
+  more_grads.push_back(grad);
+  entries_.push_back(
+      {scope_ + name, value, std::move(more_grads), std::move(forward), std::move(backward), {}});
   memory_.scratch.release(0);
 }
 
@@ -72,9 +73,8 @@ Var Tape::block(const std::string& name, Var x, const std::function<Var(Var)>& b
   const Var result = reuse ? Var{keep(x.value.shape), x.grad} : Var{};
   const size_t values = memory_.values.mark(), grads = memory_.grads.mark();
   const size_t begin = entries_.size();
-  scope_ = name + ".";
-  const Var y = body(x);
-  scope_.clear();
+  Var y;
+  scope(name, [&] { y = body(x); });
   require(y.grad.data == x.grad.data, "block {} does not end in the residual stream", name);
   memory_.grads.release(grads);  // backward leaves the block before it enters the one below
   if (!reuse) return y;
@@ -88,10 +88,11 @@ Var Tape::block(const std::string& name, Var x, const std::function<Var(Var)>& b
   return result;
 }
 
-void Tape::timed(OpTime& time, const std::function<void()>& body) {
-  time_ = &time;
+void Tape::scope(const std::string& name, const std::function<void()>& body) {
+  const std::string outer = scope_;
+  scope_ += name + ".";
   body();
-  time_ = nullptr;
+  scope_ = outer;
 }
 
 void Tape::after_backward(std::function<void()> f) {
@@ -100,8 +101,8 @@ void Tape::after_backward(std::function<void()> f) {
 
 void Tape::run_forward(size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) {
-    const Entry& entry = entries_[i];
-    if (entry.forward) run(entry.forward, entry.time ? &entry.time->forward : nullptr);
+    Entry& entry = entries_[i];
+    if (entry.forward) run(entry.forward, entry.time.forward);
   }
 }
 
@@ -116,9 +117,23 @@ void Tape::forward() {
 void Tape::backward() {
   clear_grads();
   for (size_t i = entries_.size(); i-- > 0;) {
-    const Entry& entry = entries_[i];
-    if (entry.backward) run(entry.backward, entry.time ? &entry.time->backward : nullptr);
+    Entry& entry = entries_[i];
+    if (entry.backward) run(entry.backward, entry.time.backward);
   }
+}
+
+OpTime Tape::time(std::string_view part) const {
+  OpTime sum;
+  for (const Entry& entry : entries_) {
+    if (entry.name.find(part) == entry.name.npos) continue;
+    sum.forward += entry.time.forward;
+    sum.backward += entry.time.backward;
+  }
+  return sum;
+}
+
+void Tape::clear_times() {
+  for (Entry& entry : entries_) entry.time = {};
 }
 
 std::string Tape::first_non_finite() {
@@ -129,7 +144,7 @@ std::string Tape::first_non_finite() {
   clear_grads();
   for (size_t i = entries_.size(); i-- > 0;) {
     if (entries_[i].backward) entries_[i].backward();
-    if (!finite(entries_[i].grad)) return entries_[i].name + " (backward)";
+    if (!std::ranges::all_of(entries_[i].grads, finite)) return entries_[i].name + " (backward)";
   }
   return "";
 }

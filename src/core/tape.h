@@ -4,6 +4,7 @@
 // committed yet predicts its size; nothing is allocated when the tape runs.
 #include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/arena.h"
@@ -27,7 +28,7 @@ struct TapeMemory {
   Arena values, grads, scratch;
 };
 
-/// Seconds spent in some ops. Forward runs that recompute count as forward.
+/// Seconds that ops have taken. Forward runs that recompute count as forward.
 struct OpTime {
   double forward = 0, backward = 0;
 };
@@ -59,18 +60,19 @@ class Tape {
   Tensor scratch(Shape shape) { return scratch(shape, dtype()); }
   Tensor scratch(Shape shape, DType dtype) { return memory_.scratch.alloc(shape, dtype); }
 
-  /// Adds an op. `value` is what forward writes, `grad` what backward writes or adds to; both are
-  /// what first_non_finite() looks at, and may be empty.
+  /// Adds an op. `value` is what forward writes, `grad` and `more_grads` (of weights, of further
+  /// inputs) what the op writes or adds to on the way back: what first_non_finite() looks at. Each
+  /// may be empty.
   void record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
-              std::function<void()> backward = {});
+              std::function<void()> backward = {}, std::vector<Tensor> more_grads = {});
 
   /// Records body(x) as a unit of memory: what it allocates is given back for the next block where
   /// the mode allows, and only its result stays. The result must share x's gradient, as the
   /// residual stream does.
   Var block(const std::string& name, Var x, const std::function<Var(Var)>& body);
 
-  /// Records body; what its ops take is added to `time` whenever they run.
-  void timed(OpTime& time, const std::function<void()>& body);
+  /// Records body; the names of its ops begin with "name.".
+  void scope(const std::string& name, const std::function<void()>& body);
 
   /// The backward pass calls f when it is done with everything recorded after this point.
   void after_backward(std::function<void()> f);
@@ -78,16 +80,21 @@ class Tape {
   void forward();
   void backward();
 
+  /// What the ops with `part` in their name have taken since clear_times().
+  OpTime time(std::string_view part) const;
+  void clear_times();
+
   /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if
-  /// none.
+  /// none. Gradients of weights are added to as ever: what they hold before counts.
   std::string first_non_finite();
 
  private:
   struct Entry {
     std::string name;
-    Tensor value, grad;
+    Tensor value;
+    std::vector<Tensor> grads;
     std::function<void()> forward, backward;
-    OpTime* time = nullptr;
+    OpTime time;
   };
 
   void run_forward(size_t begin, size_t end);
@@ -95,8 +102,7 @@ class Tape {
 
   TapeMemory& memory_;
   Options options_;
-  std::string scope_;       // prefix of names: "layers.3."
-  OpTime* time_ = nullptr;  // of the ops that are being recorded
+  std::string scope_;  // prefix of names: "layers.3.attention."
   std::vector<Entry> entries_;
   std::vector<Tensor> shared_grads_;
 };

@@ -53,6 +53,45 @@ int keep_standard_input() {
   return copy;
 }
 
+// JSON is UTF-8 and its parser refuses other bytes. to_ascii() hides them, raw and inside strings,
+// as three characters that every parser passes on: DEL and the two halves of the byte. A DEL of the
+// text, written as such or \u007f, becomes two, so that to_bytes() can tell what the parser read.
+constexpr char mark = '\x7f';
+
+std::string to_ascii(std::string_view line) {
+  std::string out;
+  for (size_t i = 0; i < line.size(); ++i) {
+    const auto byte = static_cast<uint8_t>(line[i]);
+    const std::string_view escape = line.substr(i, line[i] == '\\' ? 6 : 0);
+    if (byte >= 0x80) {
+      out += {mark, static_cast<char>('a' + byte / 16), static_cast<char>('a' + byte % 16)};
+    } else if (escape == "\\u007f" || escape == "\\u007F") {
+      out += {mark, mark};
+      i += 5;
+    } else {
+      out += line[i];
+      if (line[i] == mark) out += mark;
+      if (line[i] == '\\' && i + 1 < line.size()) out += line[++i];  // it escapes no other
+    }
+  }
+  return out;
+}
+
+std::string to_bytes(std::string_view text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != mark) {
+      out += text[i];
+    } else if (text[++i] == mark) {
+      out += mark;
+    } else {
+      out += static_cast<char>((text[i] - 'a') * 16 + (text[i + 1] - 'a'));
+      ++i;
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 /// A file read from front to back through a buffer.
@@ -207,14 +246,17 @@ bool Corpus::next_line(std::string& document) {
   if (line.find_first_not_of(" \t\r") == std::string_view::npos) return true;
 
   const std::string field = options_.jsonl_field.empty() ? "text" : options_.jsonl_field;
-  const auto object = nlohmann::json::parse(line, nullptr, false);
-  require(!object.is_discarded() && object.is_object(), "{}:{}: not a JSON object in UTF-8",
-          reader_->name, reader_->line);
-  const auto value = object.find(field);
+  auto object = nlohmann::json::parse(line, nullptr, false);
+  const bool hidden = object.is_discarded();  // perhaps for its bytes
+  if (hidden) object = nlohmann::json::parse(to_ascii(line), nullptr, false);
+  require(object.is_object(), "{}:{}: not a JSON object", reader_->name, reader_->line);
+  auto value = object.begin();
+  while (value != object.end() && (hidden ? to_bytes(value.key()) : value.key()) != field) ++value;
   require(value != object.end() && value->is_string(),
           "{}:{}: no text under \"{}\"; name the field with --jsonl-field", reader_->name,
           reader_->line, field);
   document = value->get<std::string>();
+  if (hidden) document = to_bytes(document);
   return true;
 }
 

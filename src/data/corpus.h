@@ -13,7 +13,7 @@ namespace entrain {
 ///
 /// A text file is one document, or several of at most 1 MiB cut at line ends, so that any length
 /// fits memory. Files ending in .jsonl or .ndjson, and every input where a field is named, are JSON
-/// lines: each line an object whose field holds the document.
+/// lines: each line an object whose field holds the document. Their strings need not be UTF-8.
 class Corpus {
  public:
   struct Options {

@@ -1,6 +1,5 @@
 #include "data/token_writer.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -9,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/file.h"
 #include "core/h5.h"
 #include "data/token_format.h"
 
@@ -94,15 +94,6 @@ std::string partial(const std::string& path) {
 
 void write_bytes(h5::File& out, const std::string& dataset, std::string bytes, h5::Pack pack) {
   out.write(dataset, Tensor::of(bytes.data(), {std::ssize(bytes)}, DType::u8), pack);
-}
-
-/// Makes a rename survive a power cut.
-void sync_folder(const std::string& path) {
-  const std::string folder = std::filesystem::absolute(path).parent_path().string();
-  const int descriptor = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (descriptor < 0) return;
-  fsync(descriptor);
-  close(descriptor);
 }
 
 }  // namespace

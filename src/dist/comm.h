@@ -24,14 +24,10 @@ class Comm {
   virtual void sum(double* values, int count) = 0;
   virtual void max(double* values, int count) = 0;
   virtual void broadcast(void* data, size_t bytes, int root) = 0;
-  virtual void barrier() = 0;
 
   /// Said by every rank when all are about to throw: they then leave one after the other without
   /// hurry, while after an error of one alone its launcher has to end the others.
   virtual void fail_together() = 0;
-
-  /// Ends all ranks at once with this exit code, after the caller has said why on stderr.
-  [[noreturn]] virtual void abort(int code) = 0;
 };
 
 /// MPI when this process was started by mpirun or srun, otherwise a single process. Call once,

@@ -71,14 +71,7 @@ class MpiComm final : public Comm {
     }
   }
 
-  void barrier() override { MPI_Barrier(MPI_COMM_WORLD); }
-
   void fail_together() override { all_fail_ = true; }
-
-  [[noreturn]] void abort(int code) override {
-    MPI_Abort(MPI_COMM_WORLD, code);
-    std::_Exit(code);
-  }
 
  private:
   int rank_ = 0;

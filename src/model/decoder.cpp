@@ -87,6 +87,9 @@ Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int
   const Shape read{model.n_layer, model.n_kv_head, read_fields};
   read_memory_ = Buffer(static_cast<size_t>(read.numel()) * sizeof(double), device);
   read_ = Tensor::of(read_memory_.data(), read, DType::f64, device);
+  const Shape entropy{max_tokens, entropy_fields};
+  entropy_memory_ = Buffer(static_cast<size_t>(entropy.numel()) * sizeof(double), device);
+  entropy_ = Tensor::of(entropy_memory_.data(), entropy, DType::f64, device);
 }
 
 Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
@@ -105,7 +108,8 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
                     .v = heads(qkv, (Hq + Hkv) * D, Hkv, D),
                     .projected = {},
                     .params = {},
-                    .read = read_.slice(0, index, 1).view({Hkv, read_fields})};
+                    .read = read_.slice(0, index, 1).view({Hkv, read_fields}),
+                    .entropy = tape.training() ? Tensor{} : entropy_};
   const Tensor cos_sin = cos_sin_.slice(0, 0, N);
   ops::rope(tape, heads(qkv, 0, Hq + Hkv, D), cos_sin);
   int64_t column = (Hq + 2 * Hkv) * D;
@@ -118,7 +122,7 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N) {
     in.params.push_back(weight(("self_attn." + spec.name).c_str()));
   }
   const Var o = tape.var({B * N, Hq * D});
-  tape.timed(attention_time_, [&] {
+  tape.scope("attention", [&] {
     attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
   });
   x = ops::residual(tape, x, ops::linear(tape, o, weight("self_attn.o_proj.weight")));
@@ -168,15 +172,12 @@ Tensor Decoder::logits(Tape& tape, Tensor tokens) {
   return ops::linear(tape, hidden(tape, tokens), head()).value;
 }
 
-int64_t Decoder::matmul_params() const {
-  int64_t n = head().value.numel();
-  for (const Param& p : params_.all()) {
-    if (p.value.shape.rank == 2 && p.name != "lm_head.weight" &&
-        p.name != "model.embed_tokens.weight") {
-      n += p.value.numel();
-    }
-  }
-  return n;
+int64_t Decoder::products(int64_t tokens) const {
+  const ModelConfig& c = config_;
+  int64_t rows = (2 * c.n_head + 2 * c.n_kv_head) * c.head_dim + 3 * c.d_ff;  // of d_model weights
+  for (const Projection& x : projections_) rows += x.heads * x.width;
+  const int64_t a_token = (c.n_layer * rows + c.vocab) * c.d_model;
+  return tokens * a_token + c.n_layer * attention_->products(heads_of(c), tokens);
 }
 
 }  // namespace entrain

@@ -24,8 +24,8 @@ class Decoder {
   AttentionMethod& attention() { return *attention_; }
   /// What attention has read since last cleared: f64 [n_layer, Hkv, read_fields].
   Tensor read() const { return read_; }
-  /// What attention has taken since last cleared, projections apart.
-  OpTime& attention_time() { return attention_time_; }
+  /// How routing spread in evaluation, since last cleared: f64 [max_tokens, entropy_fields].
+  Tensor entropy() const { return entropy_; }
 
   /// Records everything up to the final norm: tokens i32 [B, N] to [B N, d_model].
   Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {});
@@ -37,8 +37,8 @@ class Decoder {
   /// hidden() and the logits, [B N, vocab].
   Tensor logits(Tape& tape, Tensor tokens);
 
-  /// Parameters that take part in matrix products, without the embedding table.
-  int64_t matmul_params() const;
+  /// Multiplications with weights forward, for a sequence of so many tokens.
+  int64_t products(int64_t tokens) const;
 
  private:
   Var layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N);
@@ -50,9 +50,8 @@ class Decoder {
   std::vector<ParamSpec> extra_;         // its other parameters
   Params params_;
   size_t params_per_layer_;
-  Buffer rope_memory_, read_memory_;
-  Tensor cos_sin_, read_;
-  OpTime attention_time_;
+  Buffer rope_memory_, read_memory_, entropy_memory_;
+  Tensor cos_sin_, read_, entropy_;
 };
 
 }  // namespace entrain

@@ -8,7 +8,7 @@ Var linear(Tape& tape, Var x, Var w) {
   const Kernels<Device::cpu> k;
   tape.record(
       "linear", y.value, x.grad, [=] { k.linear(x.value, w.value, y.value); },
-      [=] { k.linear_backward(y.grad, x.value, w.value, x.grad, w.grad); });
+      [=] { k.linear_backward(y.grad, x.value, w.value, x.grad, w.grad); }, {w.grad});
   return y;
 }
 

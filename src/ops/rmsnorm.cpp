@@ -9,7 +9,7 @@ Var rmsnorm(Tape& tape, Var x, Var w, double eps) {
   const Kernels<Device::cpu> k;
   tape.record(
       "rmsnorm", y.value, x.grad, [=] { k.rmsnorm(x.value, w.value, eps, y.value, rstd); },
-      [=] { k.rmsnorm_backward(y.grad, x.value, w.value, rstd, x.grad, w.grad); });
+      [=] { k.rmsnorm_backward(y.grad, x.value, w.value, rstd, x.grad, w.grad); }, {w.grad});
   return y;
 }
 

@@ -20,4 +20,9 @@ double learning_rate(const OptimConfig& c, int64_t step, int64_t steps) {
   return c.min_lr + (c.lr - c.min_lr) * 0.5 * (1 + std::cos(std::numbers::pi * done));
 }
 
+double ramp(double start, double end, int64_t steps, int64_t step) {
+  if (step > steps) return end;
+  return start + (end - start) * static_cast<double>(step - 1) / static_cast<double>(steps);
+}
+
 }  // namespace entrain

@@ -9,4 +9,8 @@ namespace entrain {
 /// by a half cosine or a line, or constant.
 double learning_rate(const OptimConfig& config, int64_t step, int64_t steps);
 
+/// A value at step `step` (from 1) that goes linearly from `start` to `end` within the first
+/// `steps` steps and stays there; with 0 of them it is `end` throughout.
+double ramp(double start, double end, int64_t steps, int64_t step);
+
 }  // namespace entrain

@@ -1,16 +1,14 @@
 #include "train/checkpoint.h"
 
-#include <fcntl.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 #include <zlib.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
 #include <cstring>
 #include <filesystem>
 
+#include "core/file.h"
 #include "core/h5.h"
 #include "core/version.h"
 
@@ -155,14 +153,6 @@ void write_checkpoint(const std::string& path, const Params& params, const Train
   file.close();
 }
 
-void sync_folder(const fs::path& folder) {
-  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  const bool synced = descriptor >= 0 && ::fsync(descriptor) == 0;
-  const int error = errno;
-  if (descriptor >= 0) ::close(descriptor);
-  require(synced, "{}: cannot be flushed to the disk: {}", folder.string(), std::strerror(error));
-}
-
 void remove_partial(const fs::path& folder) {
   for (const auto& entry : fs::directory_iterator(folder)) {
     if (entry.path().extension() == ".partial") fs::remove(entry.path());
@@ -201,7 +191,7 @@ void save_checkpoint(const std::string& path, const Params& params, const TrainS
     write_checkpoint(partial, params, state, config_yaml, data_fingerprint, ranks);
     verify_checkpoint(partial);
     fs::rename(partial, path);
-    sync_folder(folder);
+    sync_folder(path);
   } catch (const std::runtime_error& error) {  // Error or filesystem_error
     std::error_code ignored;
     fs::remove(partial, ignored);

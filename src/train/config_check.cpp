@@ -81,8 +81,10 @@ void check_target_density(const RunConfig& c) {
   require_key(c.attention.method == "dash", key,
               "needs attention.method dash: {} attention has no gamma to drive",
               c.attention.method);
-  require_key(c.attention.alpha > 1.0, key,
-              "needs attention.alpha above 1: softmax routes to every chunk");
+  require_key(
+      c.attention.alpha > 1.0 && (c.attention.alpha_steps == 0 || c.attention.alpha_start > 1.0),
+      key,
+      "needs attention.alpha and attention.alpha_start above 1: softmax routes to every chunk");
 
   const int group = c.model.n_head / c.model.n_kv_head;
   const double chunks = double(group) + c.attention.local_blocks + c.attention.init_blocks;
@@ -101,6 +103,15 @@ void check_attention(const AttentionConfig& a) {
   require_key(a.alpha >= 1.0 && a.alpha <= 2.0, "attention.alpha",
               "must be from 1 (softmax) to 2 (sparsemax), not {}", a.alpha);
   positive("attention.gamma", a.gamma);
+  at_least(0, "attention.alpha_steps", a.alpha_steps);
+  at_least(0, "attention.gamma_steps", a.gamma_steps);
+  require_key(a.alpha_start >= 1.0 && a.alpha_start <= 2.0, "attention.alpha_start",
+              "must be from 1 (softmax) to 2 (sparsemax), not {}", a.alpha_start);
+  positive("attention.gamma_start", a.gamma_start);
+  require_key(a.gamma_steps == 0 || a.target_density == 0.0, "attention.gamma_steps",
+              "and attention.target_density both drive gamma; take one of them");
+  one_of({"learned", "mean"}, "attention.summaries", a.summaries);
+  one_of({"entmax", "softmax"}, "attention.aggregation", a.aggregation);
   positive("attention.sigma", a.sigma);
   at_least(0.0, "attention.prior_eps", a.prior_eps);
   at_least(0, "attention.init_blocks", a.init_blocks);

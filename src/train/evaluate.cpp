@@ -24,15 +24,45 @@ nlohmann::ordered_json to_json(const HeadRead& read) {
           {"active_blocks", read.active_blocks}};
 }
 
-std::vector<PositionLoss> by_stretch(const std::vector<double>& sums, int64_t sequences) {
-  const auto tokens = std::ssize(sums), stretches = std::min<int64_t>(16, tokens);
-  std::vector<PositionLoss> result;
+constexpr int64_t most_stretches = 16;
+
+/// Calls f(begin, end) for equal stretches of a sequence.
+template <class F>
+void for_each_stretch(int64_t tokens, F f) {
+  const int64_t stretches = std::min(most_stretches, tokens);
   for (int64_t i = 0; i < stretches; ++i) {
-    const int64_t begin = i * tokens / stretches, end = (i + 1) * tokens / stretches;
+    f(i * tokens / stretches, (i + 1) * tokens / stretches);
+  }
+}
+
+std::vector<PositionLoss> by_stretch(const std::vector<double>& sums, int64_t sequences) {
+  std::vector<PositionLoss> result;
+  for_each_stretch(std::ssize(sums), [&](int64_t begin, int64_t end) {
     const double sum = std::accumulate(sums.begin() + begin, sums.begin() + end, 0.0);
     result.push_back({begin, end, sum / static_cast<double>((end - begin) * sequences)});
-  }
+  });
   return result;
+}
+
+/// Sums entropy f64 [N, entropy_fields] over ranks, clears it and divides.
+void collect_entropy(Comm& comm, Tensor entropy, EvalResult& result) {
+  double* fields = entropy.ptr<double>();
+  comm.sum(fields, static_cast<int>(entropy.numel()));
+  double all_queries = 0, all_entropy = 0;
+  for_each_stretch(entropy[0], [&](int64_t begin, int64_t end) {
+    double sum[entropy_fields] = {};
+    for (int64_t i = begin * entropy_fields; i < end * entropy_fields; ++i) {
+      sum[i % entropy_fields] += fields[i];
+    }
+    const double queries = sum[entropy_queries];
+    if (queries == 0) return;
+    result.routing.push_back({begin, end, sum[entropy_candidates] / queries,
+                              sum[entropy_routing] / queries, sum[entropy_softmax] / queries});
+    all_queries += queries;
+    all_entropy += sum[entropy_routing];
+  });
+  if (all_queries > 0) result.routing_entropy = all_entropy / all_queries;
+  std::fill_n(fields, entropy.numel(), 0.0);
 }
 
 }  // namespace
@@ -51,6 +81,14 @@ nlohmann::ordered_json to_json(const EvalResult& result) {
   for (const auto& [begin, end, loss] : result.loss_by_position) {
     out["loss_by_position"].push_back({{"begin", begin}, {"end", end}, {"loss", loss}});
   }
+  for (const auto& [begin, end, candidates, entropy, softmax_entropy] : result.routing) {
+    out["routing"].push_back({{"begin", begin},
+                              {"end", end},
+                              {"candidates", candidates},
+                              {"entropy", entropy},
+                              {"softmax_entropy", softmax_entropy}});
+  }
+  if (!result.routing.empty()) out["routing_entropy"] = result.routing_entropy;
   if (result.recall.answers > 0) {
     out["answers"] = result.recall.answers;
     out["recall_accuracy"] = result.recall.accuracy();
@@ -72,7 +110,8 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   require_sequence(store, split, seq_len);
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
-  collect_read(comm, decoder_.read());  // clears what training counted
+  EvalResult result;
+  collect_read(comm, decoder_.read(), result.read);  // clears what training counted
   std::ranges::fill(position_loss_, 0.0);
   std::array<double, 2> recall{};  // answers, right
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
@@ -92,14 +131,14 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   }
   comm.sum(position_loss_.data(), static_cast<int>(seq_len));
   comm.sum(recall.data(), 2);
-  EvalResult result;
   result.tokens = sequences * seq_len;
   result.loss = std::accumulate(position_loss_.begin(), position_loss_.end(), 0.0) /
                 static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
-  result.read = collect_read(comm, decoder_.read());
+  collect_read(comm, decoder_.read(), result.read);
   result.loss_by_position = by_stretch(position_loss_, sequences);
   result.recall = {static_cast<int64_t>(recall[0]), static_cast<int64_t>(recall[1])};
+  collect_entropy(comm, decoder_.entropy().slice(0, 0, seq_len), result);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.tokens_per_second = static_cast<double>(result.tokens) / seconds.count();
   return result;

@@ -24,6 +24,14 @@ struct Recall {
   double accuracy() const { return static_cast<double>(right) / static_cast<double>(answers); }
 };
 
+/// How a router spread over its candidates at positions [begin, end): means over queries.
+struct PositionRouting {
+  int64_t begin, end;
+  double candidates;       // chunks to choose from
+  double entropy;          // nats, of the routing weights
+  double softmax_entropy;  // nats, of a softmax on the same scores
+};
+
 struct EvalResult {
   double loss = 0;  // nats a token
   double perplexity = 0;
@@ -31,6 +39,8 @@ struct EvalResult {
   double tokens_per_second = 0;
   ReadReport read;
   std::vector<PositionLoss> loss_by_position;  // 16 stretches of a sequence, or its tokens if fewer
+  std::vector<PositionRouting> routing;        // those of them that have candidates
+  double routing_entropy = 0;                  // over all queries that have candidates
   Recall recall;                               // no answers where the store marks none
 };
 

@@ -44,11 +44,14 @@ RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string
     } else {
       load_checkpoint(path, decoder->params());
     }
-    // Gamma as training left it, unless the user asks for another.
-    double* gamma = decoder->attention().gamma();
-    if (gamma && !sets(overrides, "attention.gamma=") && info.state.controller.contains("gamma")) {
-      *gamma = info.state.controller.at("gamma");
-    }
+    // Gamma and alpha as training left them, unless the user asks for others.
+    const auto restore = [&](const char* name, double* knob) {
+      const auto& left = info.state.controller;
+      const bool given = sets(overrides, fmt::format("attention.{}=", name));
+      if (knob && !given && left.contains(name)) *knob = left.at(name);
+    };
+    restore("gamma", decoder->attention().gamma());
+    restore("alpha", decoder->attention().alpha());
     for (const bool committed : {false, true}) {
       if (committed) memory.commit();
       evaluator = std::make_unique<Evaluator>(*decoder, memory, config.data.seq_len);

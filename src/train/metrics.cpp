@@ -40,6 +40,7 @@ nlohmann::ordered_json to_json(const StepMetrics& m) {
           {"density", m.density},
           {"router_density", m.router_density},
           {"gamma", m.gamma},
+          {"alpha", m.alpha},
           {"attention_seconds", m.attention_seconds},
           {"seconds_left", m.seconds_left}};
 }

@@ -16,10 +16,13 @@ struct StepMetrics {
   double grad_norm = 0.0;  // before clipping
   double tokens_per_second = 0.0;
   double flops_per_second = 0.0;
-  double peak_share = 0.0;      // of the machine's fastest matrix product; 0: unknown
+  // flops_per_second over the rate of a float32 matrix product, all ranks together, as measured
+  // once before the run: beyond 1 where the machine was busy then. 0: unknown.
+  double peak_share = 0.0;
   double density = 0.0;         // share of the causal tokens that were attended
   double router_density = 0.0;  // entries the router read, over the same denominator
-  double gamma = 0.0;
+  double gamma = 0.0;           // of the router; 0: it has none
+  double alpha = 0.0;
   double attention_seconds = 0.0;  // of the step: forward and backward, mean of the ranks
   double seconds_left = 0.0;
 };

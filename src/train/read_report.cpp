@@ -15,21 +15,25 @@ HeadRead ratios(const double* fields) {
 
 }  // namespace
 
-ReadReport collect_read(Comm& comm, Tensor read) {
+void collect_read(Comm& comm, Tensor read, ReadReport& report) {
   double* fields = read.ptr<double>();
   comm.sum(fields, static_cast<int>(read.numel()));
-  ReadReport report;
+  report.heads.resize(static_cast<size_t>(read[0]));
   double total[read_fields] = {};
-  for (int64_t layer = 0; layer < read[0]; ++layer) {
-    report.heads.emplace_back();
-    for (int64_t head = 0; head < read[1]; ++head, fields += read_fields) {
-      report.heads.back().push_back(ratios(fields));
+  for (std::vector<HeadRead>& heads : report.heads) {
+    heads.resize(static_cast<size_t>(read[1]));
+    for (HeadRead& head : heads) {
+      head = ratios(fields);
       for (int i = 0; i < read_fields; ++i) total[i] += fields[i];
+      fields += read_fields;
     }
   }
   report.all = ratios(total);
+  // Per query, since passes that are computed again for backward count twice.
+  report.flops = total[read_queries] > 0 ? total[read_flops] / total[read_queries] *
+                                               static_cast<double>(read[0] * read[1])
+                                         : 0;
   std::fill_n(read.ptr<double>(), read.numel(), 0.0);
-  return report;
 }
 
 }  // namespace entrain

@@ -15,10 +15,12 @@ struct HeadRead {
 
 struct ReadReport {
   HeadRead all;
+  double flops = 0;  // of attention for a token in a training step, over all layers: read_flops
   std::vector<std::vector<HeadRead>> heads;  // [layer][kv head]
 };
 
-/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides.
-ReadReport collect_read(Comm& comm, Tensor read);
+/// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides. Allocates
+/// nothing where the report is of the same shape already.
+void collect_read(Comm& comm, Tensor read, ReadReport& report);
 
 }  // namespace entrain

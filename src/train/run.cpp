@@ -7,6 +7,7 @@
 #include "core/file.h"
 #include "core/version.h"
 #include "optim/density_controller.h"
+#include "optim/schedule.h"
 #include "train/checkpoint.h"
 #include "train/config_keys.h"
 #include "train/console.h"
@@ -40,11 +41,13 @@ class Run {
   void say(const std::string& line) {
     if (main_) console_.say(line);
   }
+  bool complete() const { return state_.step >= config_.train.steps; }
   void start(bool resume);
   void resume_from(const std::string& path);
   void refuse_other_model(const std::string& path, RunConfig before);
   void init_from(const std::string& path);
   void seek_density();
+  void turn_knobs(int64_t step);
   StepMetrics step();
   void write_metrics(const nlohmann::ordered_json& line);
   void evaluate();
@@ -131,7 +134,7 @@ void Run::start(bool resume) {
     } else if (!donor.empty()) {
       init_from(donor);
     }
-    if (!main_) return;
+    if (!main_ || complete()) return;
     metrics_.emplace(config_.dir, state_.step);
     replace_file(config_.dir + "/config.yaml", to_yaml(config_));
   });
@@ -195,12 +198,22 @@ void Run::init_from(const std::string& path) {
     say(fmt::format("  {}: {} ({}{})", what, names.size(), names.front(),
                     names.size() > 1 ? ", ..., " + names.back() : ""));
   };
-  require_tokenizer(path, read_info(path).data_fingerprint, store_);
+  const CheckpointInfo info = read_info(path);
+  require_tokenizer(path, info.data_fingerprint, store_);
   say(fmt::format("starting from {}", path));
   list("parameters taken", shared.taken);
   list("new, started to fit those", shared.adopted);
   list("new, started fresh", shared.fresh);
   list("not used by this model", shared.unused);
+  double* gamma = decoder_->attention().gamma();
+  if (!gamma || !info.state.controller.contains("gamma")) return;
+  const double donors = info.state.controller.at("gamma");
+  if (controller_) {  // it moves on from what these parameters were trained with
+    *gamma = donors;
+    say(fmt::format("  gamma: {:.4g} as there, to seek attention.target_density from", donors));
+  } else {
+    say(fmt::format("  gamma: {:.4g} as configured ({:.4g} there)", *gamma, donors));
+  }
 }
 
 // Untrained routers read everything or nothing: find the gamma that reads the target before the
@@ -220,10 +233,23 @@ void Run::seek_density() {
   say(fmt::format("gamma {:.4g} reads density {:.3f} before training", gamma, density));
 }
 
+// Schedules depend on the step alone, so a resumed run is on them again.
+void Run::turn_knobs(int64_t step) {
+  const AttentionConfig& c = config_.attention;
+  AttentionMethod& method = decoder_->attention();
+  if (c.alpha_steps > 0 && method.alpha()) {
+    *method.alpha() = ramp(c.alpha_start, c.alpha, c.alpha_steps, step);
+  }
+  if (c.gamma_steps > 0 && method.gamma()) {
+    *method.gamma() = ramp(c.gamma_start, c.gamma, c.gamma_steps, step);
+  }
+}
+
 StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
-  const StepResult result = step_->run(step, state_.sequences, sampler_);
+  turn_knobs(step);
+  const StepResult& result = step_->run(step, state_.sequences, sampler_);
   double* gamma = decoder_->attention().gamma();
   const double gamma_used = gamma ? *gamma : 0;
   if (controller_) *gamma = controller_->update(result.read.all.density);
@@ -234,12 +260,9 @@ StepMetrics Run::step() {
   const double seconds = seconds_since(begin);
   step_seconds_ = step_seconds_ == 0 ? seconds : 0.9 * step_seconds_ + 0.1 * seconds;
   const double N = config_.data.seq_len, sequences = config_.train.global_batch;
-  // Forward and backward of a product are 2 and 4 operations a weight and token; attention has 4 D
-  // operations a query head and pair forward, twice that backward.
-  const double pairs = result.read.all.density * N * (N + 1) / 2;
-  const double flops = sequences * (6.0 * static_cast<double>(decoder_->matmul_params()) * N +
-                                    12.0 * pairs * config_.model.head_dim * config_.model.n_head *
-                                        config_.model.n_layer);
+  // Forward and backward of a product with weights are 2 and 4 operations a multiplication.
+  const auto products = static_cast<double>(decoder_->products(config_.data.seq_len));
+  const double flops = sequences * (6 * products + result.read.flops * N);
   StepMetrics m;
   m.step = step;
   m.steps = config_.train.steps;
@@ -253,6 +276,7 @@ StepMetrics Run::step() {
   m.density = result.read.all.density;
   m.router_density = result.read.all.router_density;
   m.gamma = gamma_used;
+  if (const double* alpha = decoder_->attention().alpha()) m.alpha = *alpha;
   m.attention_seconds = result.attention_seconds;
   m.seconds_left = step_seconds_ * static_cast<double>(config_.train.steps - step);
   return m;
@@ -291,6 +315,7 @@ void Run::save() {
   state_.controller.clear();
   if (const double* gamma = decoder_->attention().gamma()) {
     state_.controller["gamma"] = *gamma;
+    state_.controller["alpha"] = *decoder_->attention().alpha();
     state_.controller["density"] = controller_ ? controller_->state().density : -1;
   }
   together(comm_, [&] {
@@ -304,11 +329,12 @@ void Run::save() {
 
 RunEnd Run::train(bool resume) {
   start(resume);
-  if (state_.step >= config_.train.steps) {
+  if (complete()) {
     say(fmt::format("{} is complete: {} of {} steps; raise train.steps to go on", config_.dir,
                     state_.step, config_.train.steps));
     return RunEnd::complete;
   }
+  turn_knobs(state_.step + 1);
   if (controller_ && state_.step == 0) seek_density();
   while (state_.step < config_.train.steps) {
     const StepMetrics metrics = step();

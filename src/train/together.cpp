@@ -2,28 +2,34 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "train/config.h"
 
 namespace entrain {
 
 void together(Comm& comm, const std::function<void()>& f) {
+  enum class Kind : uint8_t { error, refused, memory };
   struct Report {
     char message[2048] = {};
-    bool refused = false;
+    Kind kind = Kind::error;
   } report;
   bool failed = false;
-  auto note = [&](const std::runtime_error& error, bool refused) {
+  auto note = [&](const char* message, Kind kind) {
     failed = true;
-    std::strncpy(report.message, error.what(), sizeof report.message - 1);
-    report.refused = refused;
+    std::strncpy(report.message, message, sizeof report.message - 1);
+    report.kind = kind;
   };
   try {
     f();
   } catch (const ConfigError& error) {
-    note(error, true);
+    note(error.what(), Kind::refused);
+  } catch (const OutOfMemory& error) {
+    note(error.what(), Kind::memory);
+  } catch (const std::bad_alloc&) {
+    note("out of memory", Kind::memory);
   } catch (const std::runtime_error& error) {  // Error or filesystem_error
-    note(error, false);
+    note(error.what(), Kind::error);
   }
   double first = failed ? comm.size() - comm.rank() : 0;  // largest for the lowest rank
   comm.max(&first, 1);
@@ -33,8 +39,10 @@ void together(Comm& comm, const std::function<void()>& f) {
   comm.broadcast(&report, sizeof report, root);
   std::string message = report.message;
   if (root != 0) message = fmt::format("rank {}: {}", root, message);
-  if (comm.rank() != 0) throw ReportedElsewhere(message, report.refused);
-  if (report.refused) throw ConfigError(message);
+  const bool refused = report.kind == Kind::refused;
+  if (comm.rank() != 0) throw ReportedElsewhere(message, refused);
+  if (refused) throw ConfigError(message);
+  if (report.kind == Kind::memory) throw OutOfMemory(message);
   throw Error(message);
 }
 

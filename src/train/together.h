@@ -14,7 +14,8 @@ struct ReportedElsewhere : Error {
 };
 
 /// Runs f on every rank. Where it throws Error on any, throws on all: rank 0 the message of the
-/// first rank that failed (a ConfigError where it was one), the others ReportedElsewhere.
+/// first rank that failed (a ConfigError or OutOfMemory where it was one), the others
+/// ReportedElsewhere.
 void together(Comm& comm, const std::function<void()>& f);
 
 }  // namespace entrain

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/kernels.h"
 #include "optim/adamw.h"
 #include "optim/schedule.h"
 #include "train/together.h"
@@ -42,11 +43,9 @@ void TrainStep::fill(int64_t first, int64_t micro, Sampler& sampler) {
   sampler.fill(first + comm_.rank() * plan_.per_rank + micro * plan_.micro, tokens_, targets_);
 }
 
-StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
-  StepResult result;
+const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
   double sum = 0;
-  OpTime& attention = decoder_.attention_time();
-  attention = {};
+  tape_.clear_times();
   for (int64_t micro = 0; micro < plan_.accumulate; ++micro) {
     fill(first, micro, sampler);
     last_micro_ = micro + 1 == plan_.accumulate;
@@ -56,23 +55,25 @@ StepResult TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
   }
   comm_.wait();
   comm_.sum(&sum, 1);
-  result.loss = sum / (static_cast<double>(config_.train.global_batch) * config_.data.seq_len);
-  result.grad_norm = grad_norm(decoder_.params());
-  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
-    diagnose(step, first, sampler, result.loss);
+  result_.loss = sum / (static_cast<double>(config_.train.global_batch) * config_.data.seq_len);
+  result_.grad_norm = grad_norm(decoder_.params());
+  if (!std::isfinite(result_.loss) || !std::isfinite(result_.grad_norm)) {
+    diagnose(step, first, sampler, result_.loss);
   }
-  result.read = collect_read(comm_, decoder_.read());
-  result.attention_seconds = attention.forward + attention.backward;
-  comm_.sum(&result.attention_seconds, 1);
-  result.attention_seconds /= comm_.size();
-  result.lr = learning_rate(config_.train.optim, step, config_.train.steps);
-  adamw_step(decoder_.params(), config_.train.optim, step, result.lr, result.grad_norm);
-  return result;
+  collect_read(comm_, decoder_.read(), result_.read);
+  const OpTime attention = tape_.time(".attention.");
+  result_.attention_seconds = attention.forward + attention.backward;
+  comm_.sum(&result_.attention_seconds, 1);
+  result_.attention_seconds /= comm_.size();
+  result_.lr = learning_rate(config_.train.optim, step, config_.train.steps);
+  adamw_step(decoder_.params(), config_.train.optim, step, result_.lr, result_.grad_norm);
+  return result_;
 }
 
 void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double loss) {
   char found[256] = {};
   last_micro_ = false;
+  Kernels<Device::cpu>{}.zero(decoder_.params().grads());  // which the step has spoilt
   for (int64_t micro = 0; micro < plan_.accumulate && !found[0]; ++micro) {
     fill(first, micro, sampler);
     tape_.first_non_finite().copy(found, sizeof found - 1);

@@ -35,8 +35,8 @@ class TrainStep {
 
   /// Step number `step` (from 1) on the sampler's sequences from number `first` on. Throws Error
   /// naming the step and the first op with a non-finite value when loss or gradients are not
-  /// finite; parameters are then as before the step.
-  StepResult run(int64_t step, int64_t first, Sampler& sampler);
+  /// finite; parameters are then as before the step. The result is valid until the next step.
+  const StepResult& run(int64_t step, int64_t first, Sampler& sampler);
 
  private:
   void fill(int64_t first, int64_t micro, Sampler& sampler);
@@ -48,6 +48,7 @@ class TrainStep {
   BatchPlan plan_;
   Tape tape_;
   Tensor tokens_, targets_, loss_;
+  StepResult result_;
   bool last_micro_ = false;  // gradients are final when the backward pass leaves them
 };
 

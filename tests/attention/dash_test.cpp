@@ -21,10 +21,11 @@ class Dash {
   Dash(Sizes s, const AttentionConfig& c, DType real = DType::f64, uint64_t seed = 1)
       : a(s, real, seed),
         summary(a.pool.leaf({s.Hkv * s.D}, 0.5)),
+        entropy(a.pool.make({s.N, entropy_fields}, DType::f64)),
         method(make_attention(c)),
         graph({.dtype = real, .training = true},
               [&](Tape& tape) {
-                method->record(tape, {a.q, a.k, a.v, {}, {summary}, a.read}, a.o);
+                method->record(tape, {a.q, a.k, a.v, {}, {summary}, a.read, entropy}, a.o);
               }),
         config_(c) {}
 
@@ -41,6 +42,8 @@ class Dash {
     graph->backward();
   }
 
+  /// Heads that choose for themselves.
+  int64_t routers() const { return config_.aggregation == "softmax" ? a.s.Hkv : a.s.Hq; }
   int64_t chunks() const { return (a.s.N + config_.chunk - 1) / config_.chunk; }
 
   /// The blocks that the queries of `heads` key-value heads attend; with as many as there are query
@@ -50,19 +53,22 @@ class Dash {
     const int64_t M = chunks();
     const double gamma = *method->gamma();
     const DashRouting routing{.chunk = config_.chunk,
-                              .alpha = config_.alpha,
                               .sigma = config_.sigma,
                               .prior_eps = config_.prior_eps,
                               .center = config_.center,
                               .init_blocks = config_.init_blocks,
                               .local_blocks = config_.local_blocks,
+                              .aggregation = config_.aggregation == "softmax" ? Aggregation::softmax
+                                                                              : Aggregation::entmax,
+                              .alpha = method->alpha(),
                               .gamma = &gamma};
     const BlockSet blocks{.block = config_.chunk,
                           .mask = a.pool.make({B, heads, N, (M + 63) / 64}, DType::u64),
                           .bias = a.pool.make({B, heads, N, M})};
     const Tensor kbar = a.pool.make({B, Hkv, M, D}, DType::f64);
     const Tensor per_head = a.pool.make({B, heads, M, D}, DType::f64);
-    a.kernels.dash_summaries(a.k.value, summary.value, routing.chunk, kbar);
+    a.kernels.dash_summaries(a.k.value, config_.summaries == "mean" ? Tensor{} : summary.value,
+                             routing.chunk, kbar);
     for (int64_t h = 0; h < B * heads; ++h) {
       std::copy_n(kbar.ptr<double>() + h * Hkv / heads * M * D, M * D,
                   per_head.ptr<double>() + h * M * D);
@@ -74,6 +80,7 @@ class Dash {
 
   AttentionCase a;
   const Var summary;  // flat, as the method stores it
+  const Tensor entropy;
   std::unique_ptr<AttentionMethod> method;
   Graph graph;
 
@@ -85,7 +92,7 @@ class Dash {
 void expect_slopes(Dash& dash) {
   const Threads one(1);
   dash.backward();
-  const Tensor before = dash.route(dash.a.s.Hq).mask;
+  const Tensor before = dash.route(dash.routers()).mask;
   struct Leaf {
     Tensor x;
     std::vector<double> gradient;
@@ -104,7 +111,7 @@ void expect_slopes(Dash& dash) {
         double& entry = leaf.x.ptr<double>()[i];
         const double here = entry;
         entry = here + offset;
-        stable = stable && same_bits(dash.route(dash.a.s.Hq).mask, before);
+        stable = stable && same_bits(dash.route(dash.routers()).mask, before);
         entry = here;
       }
       if (!stable) continue;
@@ -152,6 +159,129 @@ TEST(DashAttention, TheWholeBackwardWithEveryOption) {
     Dash grouped({1, 3, 1, 23, 5}, c), batched({2, 2, 2, 19, 4}, c);  // 19, 23: a partial chunk
     expect_slopes(grouped);
     expect_slopes(batched);
+  }
+}
+
+TEST(DashAttention, TheWholeBackwardOfItsAblations) {
+  for (const double alpha : {1.25, 1.5, 2.0}) {
+    AttentionConfig c = config(3);
+    c.alpha = alpha;
+    c.aggregation = "softmax";
+    c.gamma = 20;
+    SCOPED_TRACE(alpha);
+    Dash grouped({1, 3, 1, 23, 5}, c), batched({2, 2, 2, 19, 4}, c);
+    expect_slopes(grouped);
+    expect_slopes(batched);
+  }
+  AttentionConfig c = config(3);
+  c.summaries = "mean";
+  Dash mean({1, 4, 2, 23, 5}, c);
+  expect_slopes(mean);
+  for (const double x : values(mean.summary.grad)) EXPECT_EQ(x, 0);
+}
+
+// With summary queries of 0, learned summaries are means.
+TEST(DashAttention, MeansAreWhereSummariesStart) {
+  AttentionConfig c = config(4);
+  Dash learned({1, 4, 2, 40, 8}, c);
+  fill(learned.summary.value, 0);
+  c.summaries = "mean";
+  Dash mean({1, 4, 2, 40, 8}, c);
+  learned.backward();
+  mean.backward();
+  EXPECT_LT(relative_error(mean.a.out.value, values(learned.a.out.value)), 1e-14);
+  EXPECT_LT(relative_error(mean.a.qkv.grad, values(learned.a.qkv.grad)), 1e-13);
+}
+
+// Softmax before the mean: w = entmax(gamma mean_h softmax(z^h)) by its definition.
+TEST(DashAttention, AggregatesSoftmaxBeforeEntmax) {
+  AttentionConfig c = config(4);
+  c.aggregation = "softmax";
+  c.gamma = 30;
+  Dash dash({1, 2, 1, 40, 8}, c);
+  const BlockSet blocks = dash.route(1);
+  const int64_t M = dash.chunks();
+  const Tensor kbar = dash.a.pool.make({1, 1, M, 8}, DType::f64);
+  dash.a.kernels.dash_summaries(dash.a.k.value, dash.summary.value, 4, kbar);
+  const std::vector<double> q = values(dash.a.q.value);
+  for (int64_t i = 8; i < 40; ++i) {
+    const int64_t n = i / 4;
+    const Tensor mixed = dash.a.pool.make({1, n}), length = dash.a.pool.make({1}, DType::i32);
+    length.ptr<int32_t>()[0] = static_cast<int32_t>(n);
+    for (int64_t h = 0; h < 2; ++h) {
+      std::vector<double> z(static_cast<size_t>(n));
+      double sum = 0;
+      for (int64_t m = 0; m < n; ++m) {
+        double dot = 0;
+        for (int64_t d = 0; d < 8; ++d) {
+          dot += q[static_cast<size_t>((h * 40 + i) * 8 + d)] * get(kbar, m * 8 + d);
+        }
+        sum += z[static_cast<size_t>(m)] = std::exp(dot / std::sqrt(8.0));
+      }
+      for (int64_t m = 0; m < n; ++m) {
+        put(mixed, m, get(mixed, m) + c.gamma / 2 * z[static_cast<size_t>(m)] / sum);
+      }
+    }
+    const Tensor w = dash.a.pool.make({1, n});
+    dash.a.kernels.entmax(mixed, length, c.alpha, w);
+    for (int64_t m = 0; m < n; ++m) {
+      EXPECT_EQ(blocks.mask.ptr<uint64_t>()[i] >> m & 1, get(w, m) > 0) << i << ", " << m;
+    }
+  }
+}
+
+TEST(DashAttention, WithoutItsGradientTheRouterIsFixed) {
+  AttentionConfig c = config(4);
+  Dash whole({1, 4, 2, 40, 8}, c);
+  c.router_gradient = false;
+  Dash cut({1, 4, 2, 40, 8}, c);
+  whole.backward();
+  cut.backward();
+  EXPECT_TRUE(same_bits(cut.a.out.value, whole.a.out.value));
+  for (const double x : values(cut.summary.grad)) EXPECT_EQ(x, 0);
+  EXPECT_GT(relative_error(cut.a.q.grad, values(whole.a.q.grad)), 1e-3);
+  // What is left is attention's own gradient under the same blocks and bias.
+  const BlockSet blocks = cut.route(2);
+  AttentionCase alone({1, 4, 2, 40, 8}, DType::f64);
+  alone.forward(blocks);
+  alone.backward(blocks);
+  EXPECT_LT(relative_error(cut.a.qkv.grad, values(alone.qkv.grad)), 1e-12);
+}
+
+TEST(DashAttention, MeasuresHowRoutingSpreads) {
+  AttentionConfig c = config(4);
+  for (const double alpha : {1.0, 1.5}) {
+    c.alpha = alpha;
+    Dash dash({2, 4, 2, 40, 8}, c);
+    dash.loss();
+    double candidates = 0, routing = 0, softmax = 0;
+    for (int64_t i = 0; i < 40; ++i) {
+      const double* fields = dash.entropy.ptr<double>() + i * entropy_fields;
+      EXPECT_EQ(fields[entropy_queries], i < 4 ? 0 : 4) << "kv heads and batch";
+      candidates += fields[entropy_candidates];
+      EXPECT_LE(fields[entropy_softmax], 4 * std::log(std::max<int64_t>(1, i / 4)) + 1e-12);
+      routing += fields[entropy_routing];
+      softmax += fields[entropy_softmax];
+    }
+    EXPECT_EQ(candidates, dash.a.read_sum(read_router));
+    EXPECT_GT(routing, 1);
+    if (alpha == 1) {
+      EXPECT_NEAR(routing, softmax, 1e-9);
+    } else {
+      EXPECT_LT(routing, 0.9 * softmax);
+    }
+    // By definition, from the weights that routing hands out.
+    const BlockSet blocks = dash.route(2);
+    const Tensor w = dash.a.pool.make(blocks.bias.shape);
+    const double* knobs[] = {dash.method->alpha(), dash.method->gamma()};
+    const Tensor kbar = dash.a.pool.make({2, 2, 10, 8}, DType::f64);
+    dash.a.kernels.dash_summaries(dash.a.k.value, dash.summary.value, 4, kbar);
+    dash.a.kernels.dash_route(dash.a.q.value, kbar,
+                              {.chunk = 4, .alpha = knobs[0], .gamma = knobs[1]},
+                              dash.a.pool.make({2, 4, 40}), blocks, w, {});
+    double expected = 0;
+    for (const double x : values(w)) expected -= x > 0 ? x * std::log(x) : 0;
+    EXPECT_NEAR(routing, expected, 1e-9);
   }
 }
 
@@ -238,6 +368,7 @@ TEST(DashAttention, CountsWhatItReads) {
   EXPECT_EQ(dash.a.read_sum(read_router), candidates);
   EXPECT_EQ(dash.a.read_sum(read_causal), 4 * 48 * 49 / 2);
   EXPECT_EQ(dash.a.read_sum(read_queries), 4 * 48);
+  EXPECT_EQ(dash.a.read_sum(read_flops), (12 * pairs + 6 * candidates) * 2 * 8);
 }
 
 // 70 chunks: masks of two words.

@@ -147,12 +147,15 @@ struct Direct {
     for (int64_t j = 0; j < c.M; ++j) differ += chosen[size_t(j)] != c.selects(kv, i, j);
     for (int64_t j = 0; j <= i; ++j) pairs += chosen[size_t(j / s.block)] || i - j < c.window;
     windows += double(s.windows(i + 1));
+    for (int64_t j = 0; j <= i; ++j) visits += double(chosen[size_t(j / s.block)]);
+    visits += double(std::min(i + 1, c.window));
   }
 
   const Case& c;
   std::map<std::pair<int64_t, int64_t>, std::vector<double>> weights;
   std::vector<double> out;
   double pairs = 0, windows = 0;
+  double visits = 0;  // of the selected and the window branch
   int64_t differ = 0;
 };
 
@@ -179,6 +182,9 @@ TEST(Nsa, IsWhatTheDefinitionSays) {
     EXPECT_EQ(direct.differ, 0);
     EXPECT_EQ(c.read(read_pairs), direct.pairs);
     EXPECT_EQ(c.read(read_router), direct.windows);
+    // Three branches, and the scores that select.
+    EXPECT_EQ(c.read(read_flops), (12 * (direct.visits + direct.windows) + 2 * direct.windows) *
+                                      double(n.Hq / n.Hkv * n.D));
     EXPECT_EQ(c.read(read_causal), double(n.B * n.Hkv * n.N * (n.N + 1) / 2));
   }
 }

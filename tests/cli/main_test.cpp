@@ -34,5 +34,21 @@ TEST(Main, RefusesWrongUsageInOneLine) {
   EXPECT_EQ(run_entrain("trian").err, "entrain: unknown command trian; did you mean train?\n");
 }
 
+TEST(Main, SaysThatItsOutputIsLost) {
+  for (const char* arguments : {"", "info", "--help", "info --help"}) {
+    const Ended lost = run_entrain(std::string(arguments) + " >/dev/full");
+    EXPECT_EQ(lost.code, 1) << arguments;
+    EXPECT_EQ(lost.err, "entrain: cannot write all of the standard output (disk full?)\n");
+  }
+}
+
+TEST(Main, SaysWhatNeedsLessMemory) {
+  const Ended bench = run_entrain("bench train --d-ff 2000000000");
+  EXPECT_EQ(bench.code, 1);
+  EXPECT_TRUE(bench.err.starts_with("entrain: out of memory: ")) << bench.err;
+  EXPECT_TRUE(bench.err.ends_with(" GiB were asked for at once; lower --batch or --tokens\n"))
+      << bench.err;
+}
+
 }  // namespace
 }  // namespace entrain

@@ -89,22 +89,23 @@ TEST(Tape, ABlockEndsInTheResidualStream) {
                "block layers.3 does not end in the residual stream");
 }
 
-TEST(Tape, TimesTheOpsThatAreAskedFor) {
-  OpTime time;
+TEST(Tape, TimesItsOpsByName) {
   const auto wait = [] { std::this_thread::sleep_for(std::chrono::milliseconds(3)); };
   Graph graph({.training = true}, [&](Tape& tape) {
-    tape.timed(time, [&] { tape.record("slow", {}, {}, wait, [=] { wait(), wait(); }); });
+    tape.scope("part", [&] { tape.record("slow", {}, {}, wait, [=] { wait(), wait(); }); });
     tape.record("other", {}, {}, wait, wait);
   });
   graph->forward();
-  EXPECT_GE(time.forward, 0.003);
-  EXPECT_EQ(time.backward, 0);
-  const double once = time.forward;
+  const double once = graph->time("part.").forward;
+  EXPECT_GE(once, 0.003);
+  EXPECT_EQ(graph->time("part.").backward, 0);
+  EXPECT_GE(graph->time("").forward, once + 0.003);
   graph->backward();
-  EXPECT_GE(time.backward, 0.006);
-  EXPECT_EQ(time.forward, once);
-  graph->forward();
-  EXPECT_GE(time.forward, once + 0.003);
+  EXPECT_GE(graph->time("slow").backward, 0.006);
+  EXPECT_EQ(graph->time("part.").forward, once);
+  EXPECT_EQ(graph->time("part.slower").forward, 0);
+  graph->clear_times();
+  EXPECT_EQ(graph->time("").forward, 0);
 }
 
 TEST(Tape, CallsBackWhenBackwardHasPassed) {
@@ -160,12 +161,56 @@ TEST(Tape, NamesTheOpWhoseSummaryIsSpoiled) {
   EXPECT_NE(graph->first_non_finite(), "");
 }
 
+// What was added to a gradient that is not finite is not finite either: each op looks at those of
+// its weights.
+TEST(Tape, NamesTheOpWhoseWeightGradientIsSpoiled) {
+  const std::pair<const char*, const char*> ops[] = {{"embed_tokens", "embedding"},
+                                                     {"lm_head", "head_loss"},
+                                                     {"norm", "rmsnorm"},
+                                                     {"indexer_q", "attention.routing"},
+                                                     {"compress_", "attention.compression"},
+                                                     {".bias", "attention.gate"},
+                                                     {"proj", "linear"},
+                                                     {"gate_", "linear"}};
+  for (const char* method : {"full", "dash", "nsa"}) {
+    for (const bool recompute : {false, true}) {
+      TinyDecoder tiny(method, DType::f32);
+      Graph graph({.training = true, .recompute = recompute}, tiny.training());
+      EXPECT_EQ(graph->first_non_finite(), "");
+      for (const Param& p : tiny.decoder.params().all()) {
+        std::string expected = p.name.starts_with("model.layers.1.") ? "layers.1." : "";
+        if (p.name.starts_with("model.layers.0.")) expected = "layers.0.";
+        expected += std::ranges::find_if(ops, [&](const auto& x) {
+                      return p.name.find(x.first) != std::string::npos;
+                    })->second;
+        put(p.grad, p.grad.numel() - 1, NAN);
+        EXPECT_EQ(graph->first_non_finite(), expected + " (backward)") << method << p.name;
+        fill(p.grad, 0);
+      }
+    }
+  }
+}
+
 // Finite going up, beyond float going down: 1e-30 times 1e30 is 1, its gradient is 1e30.
 TEST(Tape, NamesTheOpWhoseGradientOverflows) {
   Pool pool(DType::f32);
   const Var x = pool.leaf({1, 1}), down = pool.leaf({1, 1}), up = pool.leaf({1, 1});
   put(x.value, 0, 1e-30);
   put(down.value, 0, 1e30);
+  put(up.value, 0, 1e30);
+  double loss = 0;
+  Graph graph({.training = true}, [&](Tape& tape) {
+    probe(tape, pool, ops::linear(tape, ops::linear(tape, x, down), up), loss);
+  });
+  EXPECT_EQ(graph->first_non_finite(), "linear (backward)");
+}
+
+// The gradient of x is 1e30 times 1e-30, that of the weight 1e30 times 1e30.
+TEST(Tape, NamesTheOpWhoseWeightGradientOverflows) {
+  Pool pool(DType::f32);
+  const Var x = pool.leaf({1, 1}), down = pool.leaf({1, 1}), up = pool.leaf({1, 1});
+  put(x.value, 0, 1e30);
+  put(down.value, 0, 1e-30);
   put(up.value, 0, 1e30);
   double loss = 0;
   Graph graph({.training = true}, [&](Tape& tape) {

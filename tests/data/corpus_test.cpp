@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include "data/tokenizer.h"
 #include "tests/expect_error.h"
 #include "tests/temp_dir.h"
 
@@ -85,6 +86,36 @@ TEST(Corpus, JsonLines) {
   EXPECT_ERROR(all({dir / "b.jsonl"}), "b.jsonl:2: not a JSON object");
   write_file(dir / "c.jsonl", "[1]\n");
   EXPECT_ERROR(all({dir / "c.jsonl"}), "c.jsonl:1: not a JSON object");
+}
+
+TEST(Corpus, JsonStringsNeedNotBeUtf8) {
+  TempDir dir;
+  const auto read = [&](const std::string& line, const std::string& field = "") {
+    write_file(dir / "a.jsonl", line + "\n");
+    return all({dir / "a.jsonl"}, field);
+  };
+  // Latin-1 beside whole UTF-8 and escapes, also of what stands for bytes while they are parsed.
+  EXPECT_EQ(read("{\"n\": [1, {\"\xE9\": \"\xFF\"}], \"text\": \"caf\xE9 \xC3\xA9 \\u00e9 "
+                 "\\ud83d\\ude00 \\n\\\\u007f \x7F \x7Foj \\u007f\\u007Foj\"}"),
+            (Texts{"caf\xE9 \xC3\xA9 \xC3\xA9 \xF0\x9F\x98\x80 \n\\u007f \x7F \x7Foj \x7F\x7Foj"}));
+  EXPECT_EQ(read("{\"t\xE9\": \"a\\\\\xE9\\\"\"}", "t\xE9"), (Texts{"a\\\xE9\""}));
+  EXPECT_EQ(read("{\"t\\u00e9\": \"\xE9\"}", "té"), Texts{"\xE9"});
+  std::string bytes, line = "{\"text\": \"";
+  for (int byte = 1; byte < 256; ++byte) {
+    const char c = static_cast<char>(byte);
+    bytes += c;
+    if (c == '"' || c == '\\') line += '\\';
+    if (byte < 0x20) line += fmt::format("\\u{:04x}", byte);
+    if (byte >= 0x20) line += c;
+  }
+  EXPECT_EQ(read(line + "\"}"), Texts{bytes});
+  const Tokenizer tokenizer;
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode(bytes)), bytes);
+
+  EXPECT_ERROR(read("{\"text\": \"a\xE9"), "a.jsonl:1: not a JSON object");
+  EXPECT_ERROR(read("{\"text\": \xE9}"), "a.jsonl:1: not a JSON object");
+  EXPECT_ERROR(read("{\"text\": \"\\\xE9\"}"), "a.jsonl:1: not a JSON object");
+  EXPECT_ERROR(read("{\"t\xE8xt\": \"a\"}", "t\xE9xt"), "no text under");
 }
 
 TEST(Corpus, StandardInputTwice) {

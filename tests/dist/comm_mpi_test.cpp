@@ -113,7 +113,6 @@ TEST(MpiComm, BroadcastsFromEveryRoot) {
     EXPECT_EQ(data.front(), root);
     EXPECT_EQ(data.back(), root + 999);
   }
-  world().barrier();
 }
 
 TEST(MpiComm, RequireSameAcceptsEqualTexts) {
@@ -143,7 +142,8 @@ TEST(MpiComm, RequireSameNamesTheDifferingRankOnEveryRank) {
 // Run by a test of its own without catching exceptions: mpirun must end the ranks that wait.
 TEST(MpiComm, DISABLED_ARankThatFailsAloneEndsTheRun) {
   if (world().rank() == world().size() - 1) fail("this rank fails");
-  world().barrier();
+  double x = 0;
+  world().sum(&x, 1);
 }
 
 }  // namespace

@@ -115,6 +115,23 @@ TEST(Decoder, RefusesSequencesBeyondItsTable) {
   EXPECT_ERROR(tiny.decoder.logits(tape, longer), "14 tokens a sequence; the decoder was made for");
 }
 
+TEST(Decoder, CountsProductsWithWeights) {
+  const int64_t N = 13, windows = 5;
+  for (const char* method : {"full", "dash", "infllmv2", "nsa"}) {
+    int64_t expected = 0;  // each matrix is applied to all tokens, NSA's compression to windows
+    TinyDecoder tiny(method);
+    for (const Param& p : tiny.decoder.params().all()) {
+      const bool compresses = p.name.find("compress_") != std::string::npos;
+      if (p.value.shape.rank < 2 || p.name.find("embed") != std::string::npos ||
+          p.name.ends_with("position")) {
+        continue;
+      }
+      expected += p.value.numel() * (compresses ? 2 * windows : N);  // for two key-value heads
+    }
+    EXPECT_EQ(tiny.decoder.products(N), expected) << method;
+  }
+}
+
 TEST(Decoder, ReadsWhatEachLayerAttends) {
   TinyDecoder tiny("full");
   Graph graph({.dtype = DType::f64}, tiny.training());

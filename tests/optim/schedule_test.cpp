@@ -45,5 +45,13 @@ TEST(Schedule, HoldsAtTheEdges) {
   EXPECT_ERROR(learning_rate(config("cosin"), 50, 100), "unknown train.schedule cosin");
 }
 
+TEST(Schedule, RampsAndStays) {
+  EXPECT_DOUBLE_EQ(ramp(1.25, 1.5, 10, 1), 1.25);
+  EXPECT_DOUBLE_EQ(ramp(1.25, 1.5, 10, 6), 1.375);
+  EXPECT_DOUBLE_EQ(ramp(1.25, 1.5, 10, 11), 1.5);
+  EXPECT_DOUBLE_EQ(ramp(1.25, 1.5, 10, 500), 1.5);
+  EXPECT_DOUBLE_EQ(ramp(1.25, 1.5, 0, 1), 1.5);
+}
+
 }  // namespace
 }  // namespace entrain

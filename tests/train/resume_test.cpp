@@ -1,4 +1,5 @@
 // Runs that are stopped, killed or damaged, and go on.
+#include <map>
 #include <random>
 
 #include "tests/train/tiny_run.h"
@@ -173,11 +174,23 @@ TEST_F(Resume, SaysThatAnotherNumberOfRanksIsNotBitwise) {
 
 TEST_F(Resume, StartsWhereThereIsNothingAndEndsWhereAllIsDone) {
   train("run", "--resume");
-  const std::string metrics = read_file(dir / "run/metrics.jsonl");
-  const Ended again = run(alone(train_line("run", "--resume")));
-  EXPECT_EQ(again.code, 0);
-  EXPECT_NE(again.out.find("is complete: 12 of 12 steps"), std::string::npos) << again.out;
-  EXPECT_EQ(read_file(dir / "run/metrics.jsonl"), metrics);
+  const auto folder = [&] {
+    std::map<std::string, std::pair<std::string, std::filesystem::file_time_type>> files;
+    for (const char* name : {"config.yaml", "metrics.jsonl", "checkpoints/step_00000012.h5"}) {
+      const std::string path = dir / "run/" + name;
+      files[name] = {read_file(path), std::filesystem::last_write_time(path)};
+    }
+    return files;
+  };
+  const auto before = folder();
+  for (const std::string steps : {"12", "6"}) {  // fewer than are done, too
+    const Ended again =
+        run(alone(train_line("run", "--resume train.lr=1.0e-3 train.steps=" + steps)));
+    EXPECT_EQ(again.code, 0);
+    EXPECT_NE(again.out.find("is complete: 12 of " + steps + " steps"), std::string::npos)
+        << again.out;
+    EXPECT_TRUE(folder() == before);
+  }
   train("run", "--resume train.steps=14");
   EXPECT_EQ(read_steps(dir / "run").size(), 14u);
 }

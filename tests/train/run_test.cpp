@@ -61,6 +61,35 @@ TEST_F(Training, RecomputesBitwiseTheSame) {
   }
 }
 
+TEST_F(Training, CountsItsOperations) {
+  const auto for_a_token = [&](const std::string& arguments, int count) {
+    train("run", "train.steps=2 " + arguments, count);
+    const Json last = read_steps(dir / "run").back();
+    std::filesystem::remove_all(dir / "run");
+    return double(last["flops_per_second"]) / double(last["tokens_per_second"]);
+  };
+  const double d = 32, D = 8, Hq = 4, Hkv = 2, ff = 48, L = 2, V = 257, N = 64;
+  const double weights = L * d * (2 * (Hq + Hkv) * D + 3 * ff) + V * d;
+  const double pairs = (N + 1) / 2;
+  for (const int count : {0, 2}) {
+    EXPECT_NEAR(for_a_token("", count) / (6 * weights + 12 * D * Hq * L * pairs), 1, 1e-9);
+    EXPECT_NEAR(for_a_token("train.recompute=true", count) / for_a_token("", count), 1, 1e-9);
+  }
+  // Three branches of which two read every pair; compressed entries are also scored for selection.
+  const double windows = [] {
+    double sum = 0;
+    for (int i = 0; i < 64; ++i) sum += i < 7 ? 0 : (i - 7) / 4 + 1;
+    return sum / 64;
+  }();
+  const double projections = L * d * (4 * Hkv * D + 3 * Hq);
+  EXPECT_NEAR(
+      for_a_token("attention.method=nsa attention.block=16 attention.topk=4 attention.l=8 "
+                  "attention.d=4 attention.window=64 attention.compression=mean",
+                  0) /
+          (6 * (weights + projections) + D * Hq * L * (12 * (2 * pairs + windows) + 2 * windows)),
+      1, 1e-9);
+}
+
 TEST_F(Training, AccumulatesToTheSameLosses) {
   train("one", sparse + "train.global_batch=4 train.micro_batch=1");
   train("two", sparse + "train.global_batch=4 train.micro_batch=2");
@@ -153,6 +182,35 @@ TEST_F(Training, ReachesTheTargetDensity) {
       double(frozen["density"]));
 }
 
+TEST_F(Training, FollowsItsSchedulesAlsoWhenResumed) {
+  const std::string scheduled =
+      dash +
+      "attention.chunk=4 attention.alpha_start=1.25 attention.alpha_steps=8 "
+      "attention.gamma_start=2 attention.gamma=10 attention.gamma_steps=4 ";
+  train("run", scheduled);
+  const std::vector<Json> steps = read_steps(dir / "run");
+  for (const int64_t step : {1, 5, 9, 12}) {
+    const Json& line = steps[static_cast<size_t>(step - 1)];
+    EXPECT_DOUBLE_EQ(line["alpha"], step > 8 ? 1.5 : 1.25 + 0.25 * double(step - 1) / 8);
+    EXPECT_DOUBLE_EQ(line["gamma"], step > 4 ? 10 : 2 + 8 * double(step - 1) / 4);
+  }
+  train("twice", scheduled + "train.steps=3 train.schedule=constant");
+  train("whole", scheduled + "train.schedule=constant");
+  train("twice", scheduled + "--resume train.schedule=constant");
+  expect_same_steps(dir / "twice", dir / "whole");
+
+  // Evaluation takes alpha as the checkpoint left it.
+  train("early", scheduled + "train.steps=3");
+  const Json eval = evaluate(dir / "early");
+  EXPECT_EQ(eval["density"],
+            evaluate((dir / "early") + " attention.alpha=1.3125 attention.gamma=6")["density"]);
+  EXPECT_NE(eval["density"], evaluate((dir / "early") + " attention.alpha=2")["density"]);
+  ASSERT_TRUE(eval.contains("routing"));
+  EXPECT_GT(double(eval["routing_entropy"]), 0);
+  EXPECT_LT(double(eval["routing"].back()["entropy"]),
+            double(eval["routing"].back()["softmax_entropy"]));
+}
+
 // A learning rate so small that nothing moves shows what a run starts from.
 const std::string frozen = "train.steps=1 train.lr=1.0e-30 ";
 
@@ -199,6 +257,27 @@ TEST_F(Training, StartsFromACheckpointAndBackAcrossMethods) {
         << name;
   }
   EXPECT_EQ(read_info(checkpoint("run", 1)).state.step, 1);
+}
+
+TEST_F(Training, SeeksDensityFromTheGammaItStartsFrom) {
+  train("donor", sparse + frozen);
+  const double gamma = read_info(checkpoint("donor", 1)).state.controller.at("gamma");
+  const auto start = [&](const std::string& name, const std::string& arguments) {
+    const Ended ended = run(alone(train_line(
+        name, frozen + arguments + " attention.gamma=900 train.init_from=" + (dir / "donor"))));
+    EXPECT_EQ(ended.code, 0) << ended.err;
+    return ended.out;
+  };
+  // The parameters being the donor's, its gamma reads the target.
+  const std::string seeking = start("seeking", sparse);
+  EXPECT_NE(seeking.find(fmt::format("gamma: {:.4g} as there", gamma)), std::string::npos)
+      << seeking;
+  EXPECT_EQ(read_steps(dir / "seeking")[0]["gamma"], gamma);
+  const std::string fixed = start("fixed", dash + "attention.chunk=2");
+  EXPECT_NE(fixed.find(fmt::format("gamma: 900 as configured ({:.4g} there)", gamma)),
+            std::string::npos)
+      << fixed;
+  EXPECT_EQ(read_steps(dir / "fixed")[0]["gamma"], 900);
 }
 
 TEST_F(Training, RefusesWhatItCannotStartFrom) {
