@@ -16,6 +16,7 @@ enum ExitCode : int {
 
 void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
+void add_sweep(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_op(CLI::App& app);
 void add_bench(CLI::App& app);

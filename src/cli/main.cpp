@@ -28,7 +28,8 @@ constexpr const char* footer =
     "  0  done\n"
     "  1  an error, named on the last line\n"
     "  2  wrong usage or configuration; nothing was started\n"
-    "  3  stopped by a signal after saving a checkpoint; continue with --resume\n";
+    "  3  stopped by a signal after saving a checkpoint; continue with --resume\n"
+    "     (sweep: with the same command)\n";
 
 int report(const std::string& message, ExitCode code) {
   std::string line = "entrain: " + message;
@@ -70,6 +71,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(0, 1);
   add_train(app);
   add_eval(app);
+  add_sweep(app);
   add_tokenize(app);
   add_op(app);
   add_bench(app);

@@ -21,7 +21,8 @@ void run(const Options& options) {
   RunConfig config;
   together(*comm, [&] { config = load_config(options.config, options.overrides); });
   together(*comm, [&] { require_same(*comm, "configuration", to_yaml(config)); });
-  const RunEnd end = train(config, options.resume, *comm);
+  Console console(stdout, config.train.log_every);
+  const RunEnd end = train(config, options.resume, *comm, console);
   comm.reset();
   if (end == RunEnd::stopped) throw CLI::RuntimeError(stopped);
 }

@@ -28,6 +28,9 @@ class Comm {
   /// Said by every rank when all are about to throw: they then leave one after the other without
   /// hurry, while after an error of one alone its launcher has to end the others.
   virtual void fail_together() = 0;
+  /// Asked by every rank that caught an error and can go on without what failed: takes
+  /// fail_together() back. False where it was not said: the rank failed alone and must throw on.
+  virtual bool recover() = 0;
 };
 
 /// MPI when this process was started by mpirun or srun, otherwise a single process. Call once,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <exception>
+#include <utility>
 #include <vector>
 
 namespace entrain {
@@ -72,6 +73,7 @@ class MpiComm final : public Comm {
   }
 
   void fail_together() override { all_fail_ = true; }
+  bool recover() override { return std::exchange(all_fail_, false); }
 
  private:
   int rank_ = 0;

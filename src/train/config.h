@@ -14,6 +14,7 @@ namespace entrain {
 struct DataConfig {
   std::string path;  // token store
   int seq_len = 0;
+  int64_t skip = 0;  // sequences of the training stream to pass over
 
   bool operator==(const DataConfig&) const = default;
 };

@@ -178,6 +178,7 @@ void check(const RunConfig& c) {
   check_model(c.model);
   check_attention(c.attention);
   at_least(2, "data.seq_len", c.data.seq_len);
+  at_least(int64_t{0}, "data.skip", c.data.skip);
   check_target_density(c);
   check_train(c.train);
   at_least(int64_t{0}, "checkpoint.every", c.checkpoint.every);

@@ -68,6 +68,8 @@ std::vector<Key> keys_of(RunConfig& c) {
 
       {"data.path", &c.data.path, "token store, from entrain tokenize", required},
       {"data.seq_len", &c.data.seq_len, "tokens in a sequence", required},
+      {"data.skip", &c.data.skip,
+       "sequences of the shuffled training data to pass over at the start"},
 
       {"train.steps", &c.train.steps, "optimizer steps", required},
       {"train.global_batch", &c.train.global_batch, "sequences a step sees, over all ranks",

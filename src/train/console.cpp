@@ -1,64 +1,21 @@
 #include "train/console.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/ioctl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <limits>
 #include <vector>
+
+#include "train/terminal.h"
 
 namespace entrain {
 namespace {
 
-namespace fs = std::filesystem;
-
-// 0 when there is none to see.
-pid_t parent_of(pid_t process) {
-  std::ifstream status(fmt::format("/proc/{}/status", process));
-  for (std::string line; std::getline(status, line);) {
-    if (line.starts_with("PPid:")) return std::atoi(line.c_str() + 5);
-  }
-  return 0;
-}
-
-bool leads_to_terminal(const fs::path& path) {
-  const int file = ::open(path.c_str(), O_WRONLY | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
-  const bool terminal = file >= 0 && ::isatty(file) != 0;
-  if (file >= 0) ::close(file);
-  return terminal;
-}
-
-// Open MPI gives every rank a terminal of its own and passes on what is written there. What counts
-// is where mpirun itself writes: the nearest ancestor with another standard output.
-bool is_terminal(std::FILE* out) {
-  if (::isatty(::fileno(out)) == 0) return false;
-  if (!std::getenv("OMPI_COMM_WORLD_SIZE")) return true;
-  std::error_code error;
-  const fs::path own = fs::read_symlink(fmt::format("/proc/self/fd/{}", ::fileno(out)), error);
-  for (pid_t process = ::getppid(); process > 0; process = parent_of(process)) {
-    const fs::path descriptor = fmt::format("/proc/{}/fd/1", process);
-    const fs::path target = fs::read_symlink(descriptor, error);
-    if (error) return false;
-    if (target != own) return leads_to_terminal(descriptor);
-  }
-  return false;
-}
-
 constexpr const char* clear_line = "\r\x1b[K";
 
-size_t columns(std::FILE* out) {
-  winsize size{};
-  const bool known = ::ioctl(::fileno(out), TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-  return known ? size.ws_col : 80;
-}
+}  // namespace
 
-// Three digits and a unit: 950, 9.53k, 84.2G.
 std::string format_si(double value, const char* gap) {
   constexpr const char* units[] = {"", "k", "M", "G", "T", "P"};
   size_t unit = 0;
@@ -66,8 +23,6 @@ std::string format_si(double value, const char* gap) {
   const int decimals = value < 9.995 ? 2 : value < 99.95 ? 1 : 0;
   return fmt::format("{:.{}f}{}{}", value, decimals, gap, units[unit]);
 }
-
-}  // namespace
 
 std::string format_duration(double seconds) {
   const auto s = static_cast<int64_t>(std::llround(seconds));
@@ -87,7 +42,7 @@ std::string format_step(const StepMetrics& m, size_t width) {
   parts.push_back({7, fmt::format("step {:>{}}/{}", m.step, steps.size(), steps)});
   parts.push_back({6, fmt::format("loss {:.4f}", m.loss)});
   if (m.tokens_per_second > 0.0) {
-    parts.push_back({4, format_si(m.tokens_per_second, "") + " tok/s"});
+    parts.push_back({4, format_si(m.tokens_per_second) + " tok/s"});
   }
   if (m.flops_per_second > 0.0) {
     std::string rate = format_si(m.flops_per_second, " ") + "FLOP/s";
@@ -130,7 +85,7 @@ void Console::step(const StepMetrics& m) {
     if (live_ && !last && now - shown_ < std::chrono::milliseconds(100)) return;
     shown_ = now;
     // One column stays free: a full line would wrap, and then not be overwritten.
-    fmt::print(out_, "{}{}", clear_line, format_step(m, columns(out_) - 1));
+    fmt::print(out_, "{}{}", clear_line, format_step(m, screen_size(out_).columns - 1));
     live_ = true;
   } else if (m.step % log_every_ == 0 || last) {
     fmt::print(out_, "{}\n", format_step(m, std::string::npos));

@@ -9,6 +9,9 @@
 
 namespace entrain {
 
+/// Three digits and a unit: "950", "9.53k", "84.2G", with `gap` between them.
+std::string format_si(double value, const char* gap = "");
+
 /// "2m05s"; two units at most: "45s", "1h02m", "3d04h".
 std::string format_duration(double seconds);
 
@@ -17,18 +20,27 @@ std::string format_duration(double seconds);
 /// into `width` columns.
 std::string format_step(const StepMetrics& metrics, size_t width);
 
-class Console {
+/// Whoever a run speaks to, on rank 0.
+class Listener {
+ public:
+  virtual ~Listener() = default;
+  virtual void step(const StepMetrics& metrics) = 0;
+  /// What a user may want to know beside the numbers, in one line.
+  virtual void say(const std::string& line) = 0;
+};
+
+class Console final : public Listener {
  public:
   /// On a terminal, also one that mpirun writes to, a line that later steps overwrite; elsewhere a
   /// line every log_every steps and for the last one.
   Console(std::FILE* out, int64_t log_every);
-  ~Console();
+  ~Console() override;
   Console(const Console&) = delete;
   Console& operator=(const Console&) = delete;
 
-  void step(const StepMetrics& metrics);
+  void step(const StepMetrics& metrics) override;
   /// A line of its own that stays.
-  void say(const std::string& line);
+  void say(const std::string& line) override;
 
  private:
   std::FILE* out_;

@@ -1,11 +1,12 @@
 #include "train/machine.h"
 
-#include <sys/resource.h>
+#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <string>
 #include <vector>
 
 #include "core/arena.h"
@@ -41,9 +42,16 @@ size_t resident_bytes() {
 }
 
 size_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<size_t>(usage.ru_maxrss) * 1024;
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stoull(line.substr(6)) * 1024;  // in kB
+  }
+  return resident_bytes();
+}
+
+void reset_peak_resident() {
+  ::malloc_trim(0);  // what was freed would count as held
+  std::ofstream("/proc/self/clear_refs") << '5';
 }
 
 }  // namespace entrain

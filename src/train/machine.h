@@ -8,8 +8,10 @@ namespace entrain {
 /// threads as this process has.
 double matmul_rate(int n = 1024);
 
-/// Bytes this process holds in memory now, and the most it has held.
+/// Bytes this process holds in memory now, and the most it has held since it began, or since
+/// reset_peak_resident() where the system grants that.
 size_t resident_bytes();
 size_t peak_resident_bytes();
+void reset_peak_resident();
 
 }  // namespace entrain

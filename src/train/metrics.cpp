@@ -11,16 +11,27 @@
 namespace entrain {
 namespace {
 
-// The lines of steps up to `last`. A line counts only with its newline: the last one may be torn.
-std::string lines_up_to(int64_t last, const std::string& text) {
-  std::string kept;
+using Json = nlohmann::ordered_json;
+
+// Calls f(line, its JSON) for each whole line. A line counts only with its newline: the last one
+// may be torn.
+template <class F>
+void for_each_line(const std::string& text, F&& f) {
   for (size_t begin = 0, end; (end = text.find('\n', begin)) != text.npos; begin = end + 1) {
     const std::string line = text.substr(begin, end - begin);
-    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    Json json = Json::parse(line, nullptr, /*allow_exceptions=*/false);
     const bool whole =
         json.is_object() && json.contains("step") && json["step"].is_number_integer();
-    if (whole && json["step"].get<int64_t>() <= last) kept += line + '\n';
+    if (whole) f(line, std::move(json));
   }
+}
+
+// The lines of steps up to `last`.
+std::string lines_up_to(int64_t last, const std::string& text) {
+  std::string kept;
+  for_each_line(text, [&](const std::string& line, const Json& json) {
+    if (json["step"].get<int64_t>() <= last) kept += line + '\n';
+  });
   return kept;
 }
 
@@ -45,6 +56,13 @@ nlohmann::ordered_json to_json(const StepMetrics& m) {
           {"seconds_left", m.seconds_left}};
 }
 
+std::vector<Json> read_metric_lines(const std::string& dir) {
+  std::vector<Json> lines;
+  for_each_line(read_file(dir + "/metrics.jsonl"),
+                [&](const std::string&, Json json) { lines.push_back(std::move(json)); });
+  return lines;
+}
+
 MetricsWriter::MetricsWriter(const std::string& dir, int64_t step) : path_(dir + "/metrics.jsonl") {
   std::error_code error;
   std::filesystem::create_directories(dir, error);
@@ -59,7 +77,6 @@ void MetricsWriter::write(const nlohmann::ordered_json& line) {
   require(line.is_object() && line.contains("step") && line["step"].is_number_integer(),
           "a line of metrics needs a step");
   // dump() writes null for what JSON cannot say (NaN, infinities).
-  using Json = nlohmann::ordered_json;
   file_ << line.dump(-1, ' ', false, Json::error_handler_t::replace) << '\n' << std::flush;
   require(file_.good(), "cannot write {}: {}", path_, std::strerror(errno));
 }

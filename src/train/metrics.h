@@ -4,6 +4,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace entrain {
 
@@ -29,6 +30,9 @@ struct StepMetrics {
 
 /// The names above as keys, without `steps`. Unknown and non-finite values become null.
 nlohmann::ordered_json to_json(const StepMetrics& metrics);
+
+/// The whole lines of dir/metrics.jsonl. Throws Error when there is no such file.
+std::vector<nlohmann::ordered_json> read_metric_lines(const std::string& dir);
 
 class MetricsWriter {
  public:

@@ -10,7 +10,6 @@
 #include "optim/schedule.h"
 #include "train/checkpoint.h"
 #include "train/config_keys.h"
-#include "train/console.h"
 #include "train/evaluate.h"
 #include "train/machine.h"
 #include "train/metrics.h"
@@ -33,13 +32,13 @@ double mib(size_t bytes) {
 
 class Run {
  public:
-  Run(const RunConfig& config, Comm& comm);
+  Run(const RunConfig& config, Comm& comm, Listener& listener);
 
   RunEnd train(bool resume);
 
  private:
   void say(const std::string& line) {
-    if (main_) console_.say(line);
+    if (main_) listener_.say(line);
   }
   bool complete() const { return state_.step >= config_.train.steps; }
   void start(bool resume);
@@ -49,6 +48,7 @@ class Run {
   void seek_density();
   void turn_knobs(int64_t step);
   StepMetrics step();
+  int64_t tokens() const;  // trained on
   void write_metrics(const nlohmann::ordered_json& line);
   void evaluate();
   void save();
@@ -56,7 +56,7 @@ class Run {
   RunConfig config_;
   Comm& comm_;
   const bool main_;  // rank 0: speaks and writes
-  Console console_;
+  Listener& listener_;
   TokenStore store_;
   Sampler sampler_;
   std::optional<Decoder> decoder_;
@@ -71,17 +71,20 @@ class Run {
   int64_t saved_step_ = -1, evaluated_step_ = -1;
 };
 
-Run::Run(const RunConfig& config, Comm& comm)
+Run::Run(const RunConfig& config, Comm& comm, Listener& listener)
     : config_(config),
       comm_(comm),
       main_(comm.rank() == 0),
-      console_(stdout, config.train.log_every),
+      listener_(listener),
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed) {
   config_.model.vocab = store_.vocab();
   require_sequence(store_, Split::validation, config.data.seq_len);
 
-  peak_rate_ = matmul_rate();  // also makes BLAS take its buffers before memory is measured
+  // Once a process: a sweep has many runs. It also makes BLAS take its buffers before memory is
+  // measured.
+  static const double matmul = matmul_rate();
+  peak_rate_ = matmul;
   const size_t before = resident_bytes();
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
                    Device::cpu);
@@ -129,6 +132,7 @@ void Run::start(bool resume) {
   broadcast(comm_, checkpoint, 0);
   broadcast(comm_, donor, 0);
   together(comm_, [&] {
+    state_.sequences = config_.data.skip;
     if (!checkpoint.empty()) {
       resume_from(checkpoint);
     } else if (!donor.empty()) {
@@ -150,7 +154,8 @@ void Run::refuse_other_model(const std::string& path, RunConfig before) {
     const std::string was = text_of(old_keys[i].field), is = text_of(keys[i].field);
     if (was == is) continue;
     const std::string_view name = keys[i].name;
-    if (keys[i].section() == "model" || name == "attention.method" || name == "data.seq_len") {
+    if (keys[i].section() == "model" || name == "attention.method" || name == "data.seq_len" ||
+        name == "data.skip") {
       throw ConfigError(fmt::format(
           "{} was trained with {} {}, not {}; to change it, start a run with train.init_from={}",
           path, name, was, is, path));
@@ -245,6 +250,10 @@ void Run::turn_knobs(int64_t step) {
   }
 }
 
+int64_t Run::tokens() const {
+  return (state_.sequences - config_.data.skip) * config_.data.seq_len;
+}
+
 StepMetrics Run::step() {
   const auto begin = Clock::now();
   const int64_t step = state_.step + 1;
@@ -266,7 +275,7 @@ StepMetrics Run::step() {
   StepMetrics m;
   m.step = step;
   m.steps = config_.train.steps;
-  m.tokens = state_.sequences * config_.data.seq_len;
+  m.tokens = tokens();
   m.loss = result.loss;
   m.lr = result.lr;
   m.grad_norm = result.grad_norm;
@@ -293,6 +302,8 @@ void Run::evaluate() {
   evaluated_step_ = state_.step;
   const EvalResult result =
       evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
+  double peak = static_cast<double>(peak_resident_bytes());
+  comm_.max(&peak, 1);
   std::string line =
       fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
                   result.loss, result.perplexity, result.read.all.density);
@@ -300,7 +311,8 @@ void Run::evaluate() {
                                  {"eval_loss", result.loss},
                                  {"eval_perplexity", result.perplexity},
                                  {"density", result.read.all.density},
-                                 {"router_density", result.read.all.router_density}};
+                                 {"router_density", result.read.all.router_density},
+                                 {"peak_memory_bytes", static_cast<int64_t>(peak)}};
   if (result.recall.answers > 0) {
     line += fmt::format(", recall accuracy {:.3f}", result.recall.accuracy());
     metrics["recall_accuracy"] = result.recall.accuracy();
@@ -338,15 +350,13 @@ RunEnd Run::train(bool resume) {
   if (controller_ && state_.step == 0) seek_density();
   while (state_.step < config_.train.steps) {
     const StepMetrics metrics = step();
-    if (main_) console_.step(metrics);
+    if (main_) listener_.step(metrics);
     write_metrics(to_json(metrics));
     const bool last = state_.step == config_.train.steps;
     const auto due = [&](int64_t every) { return last || (every > 0 && state_.step % every == 0); };
     if (due(config_.eval.every)) evaluate();
     if (due(config_.checkpoint.every)) save();
-    double stop = stop_requested() ? 1 : 0;
-    comm_.max(&stop, 1);
-    if (stop > 0 && !last) {
+    if (stop_requested(comm_) && !last) {
       save();
       say(fmt::format("stopped by a signal after step {}; continue with --resume", state_.step));
       return RunEnd::stopped;
@@ -354,16 +364,17 @@ RunEnd Run::train(bool resume) {
   }
   double peak = static_cast<double>(peak_resident_bytes());
   comm_.max(&peak, 1);
-  say(fmt::format("done: {} steps, {} tokens; peak memory a rank {:.0f} MiB", state_.step,
-                  state_.sequences * config_.data.seq_len, mib(static_cast<size_t>(peak))));
+  say(fmt::format("done: {} steps, {} tokens; peak memory a rank {:.0f} MiB", state_.step, tokens(),
+                  mib(static_cast<size_t>(peak))));
   return RunEnd::complete;
 }
 
 }  // namespace
 
-RunEnd train(const RunConfig& config, bool resume, Comm& comm) {
+RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener) {
+  reset_peak_resident();
   std::optional<Run> run;
-  together(comm, [&] { run.emplace(config, comm); });
+  together(comm, [&] { run.emplace(config, comm, listener); });
   return run->train(resume);
 }
 

@@ -1,9 +1,8 @@
 #pragma once
 // A run from configuration to the last checkpoint.
-#include <vector>
-
 #include "dist/comm.h"
 #include "train/config.h"
+#include "train/console.h"
 
 namespace entrain {
 
@@ -12,7 +11,7 @@ enum class RunEnd : uint8_t { complete, stopped };  // stopped: by a signal, wit
 /// Trains as `config` says, in config.dir: config.yaml, metrics.jsonl, checkpoints/. With resume it
 /// goes on from the newest valid checkpoint there, or starts where there is none; without, a folder
 /// that has checkpoints is refused. The folder of a run that is complete is left as it is. Throws
-/// Error; checkpoints saved so far stay good.
-RunEnd train(const RunConfig& config, bool resume, Comm& comm);
+/// Error on all ranks together; checkpoints saved so far stay good.
+RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener);
 
 }  // namespace entrain

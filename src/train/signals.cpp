@@ -29,4 +29,10 @@ bool stop_requested() {
   return stop;
 }
 
+bool stop_requested(Comm& comm) {
+  double any = stop ? 1 : 0;
+  comm.max(&any, 1);
+  return any > 0;
+}
+
 }  // namespace entrain

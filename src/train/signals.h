@@ -1,5 +1,6 @@
 #pragma once
 // A polite end: the first SIGTERM or SIGINT asks the run to stop, the second ends it.
+#include "dist/comm.h"
 
 namespace entrain {
 
@@ -9,7 +10,9 @@ namespace entrain {
 /// unless started with --mca odls_base_sigkill_timeout SECONDS.
 void install_signal_handlers();
 
-/// This rank was asked to stop. Launchers may tell some ranks only: combine it over ranks.
+/// This rank was asked to stop.
 bool stop_requested();
+/// Any rank was: launchers may tell some only. All ranks call it.
+bool stop_requested(Comm& comm);
 
 }  // namespace entrain

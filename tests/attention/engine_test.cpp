@@ -52,8 +52,8 @@ void expect_naive(AttentionCase& a, const Blocks& blocks) {
     EXPECT_LT(relative_error(dbias, expected.dbias), tolerance);
   }
   EXPECT_EQ(a.read_sum(read_pairs), expected.pairs);
-  const auto heads = static_cast<double>(a.s.Hq / a.s.Hkv * a.s.D);
-  EXPECT_EQ(a.read_sum(read_flops), 12 * heads * expected.pairs);
+  const int64_t width = a.s.Hq / a.s.Hkv * a.s.D;
+  EXPECT_EQ(a.read_sum(read_flops), 12 * static_cast<double>(width) * expected.pairs);
 }
 
 const Sizes sizes[] = {{2, 2, 1, 37, 8}, {1, 6, 2, 130, 20}, {1, 8, 1, 97, 32}, {1, 1, 1, 530, 16}};

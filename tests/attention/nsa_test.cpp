@@ -183,8 +183,9 @@ TEST(Nsa, IsWhatTheDefinitionSays) {
     EXPECT_EQ(c.read(read_pairs), direct.pairs);
     EXPECT_EQ(c.read(read_router), direct.windows);
     // Three branches, and the scores that select.
-    EXPECT_EQ(c.read(read_flops), (12 * (direct.visits + direct.windows) + 2 * direct.windows) *
-                                      double(n.Hq / n.Hkv * n.D));
+    const int64_t width = n.Hq / n.Hkv * n.D;
+    EXPECT_EQ(c.read(read_flops),
+              double(width) * (12 * (direct.visits + direct.windows) + 2 * direct.windows));
     EXPECT_EQ(c.read(read_causal), double(n.B * n.Hkv * n.N * (n.N + 1) / 2));
   }
 }

@@ -9,6 +9,7 @@
 #include "core/rng.h"
 #include "dist/comm.h"
 #include "tests/mpi_main.h"
+#include "train/together.h"
 
 namespace entrain {
 namespace {
@@ -137,6 +138,21 @@ TEST(MpiComm, RequireSameNamesTheDifferingRankOnEveryRank) {
   // Texts of which one begins the other.
   EXPECT_THROW(require_same(world(), "name", differs ? "step_1" : "step_10"), Error);
   EXPECT_THROW(require_same(world(), "name", differs ? "a\n" : "a"), Error);
+}
+
+TEST(MpiComm, RecoversFromWhatAllRanksThrow) {
+  const auto fails = [](int where) {
+    together(world(), [&] {
+      if (world().rank() == where) fail("this rank fails");
+    });
+  };
+  for (int where = 0; where < world().size(); ++where) {
+    EXPECT_THROW(fails(where), Error);
+    EXPECT_TRUE(world().recover());
+    EXPECT_FALSE(world().recover()) << "nothing has failed since";
+    double one = 1;
+    world().sum(&one, 1);
+  }
 }
 
 // Run by a test of its own without catching exceptions: mpirun must end the ranks that wait.

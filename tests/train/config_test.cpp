@@ -195,9 +195,9 @@ TEST(ParseConfig, RefusesWhatIsNoMapOfSections) {
   EXPECT_EQ(parse_error(""), "x.yaml is empty; it needs the sections model, data, train and run");
   EXPECT_EQ(parse_error("# only a comment\n"), parse_error(""));
   EXPECT_EQ(parse_error("\n- a\n- b\n"),
-            "x.yaml:2: must be a map of sections such as model: and train:, not a list");
+            "x.yaml:2: must be a map of the sections model, data, train and run, not a list");
   EXPECT_EQ(parse_error("hello\n"),
-            "x.yaml:1: must be a map of sections such as model: and train:, not a value");
+            "x.yaml:1: must be a map of the sections model, data, train and run, not a value");
   EXPECT_EQ(parse_error("model: 3\n"), "x.yaml:1: model must be a section of keys, not a value");
   EXPECT_EQ(parse_error("train: [1]\n"), "x.yaml:1: train must be a section of keys, not a list");
   EXPECT_EQ(parse_error("{[a]: 1}\n"), "x.yaml:1: a key must be a word, not a list");
@@ -345,6 +345,7 @@ TEST_F(Check, RefusesValuesOutOfRange) {
       {"attention.target_density", {"-0.1", "1.1"}},
       {"data.path", {""}},
       {"data.seq_len", {"1"}},
+      {"data.skip", {"-1"}},
       {"train.steps", {"0"}},
       {"train.global_batch", {"0", "3"}},
       {"train.micro_batch", {"0", "9"}},

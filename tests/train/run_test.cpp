@@ -280,6 +280,30 @@ TEST_F(Training, SeeksDensityFromTheGammaItStartsFrom) {
   EXPECT_EQ(read_steps(dir / "fixed")[0]["gamma"], 900);
 }
 
+TEST_F(Training, SkipsWhatAnotherRunHasSeen) {
+  // With weights that stay, a step's loss tells its sequences.
+  const std::string still = "train.lr=1.0e-30 train.global_batch=4 train.schedule=constant ";
+  train("whole", still + "train.steps=7");
+  train("rest", still + "train.steps=4 data.skip=12 checkpoint.every=2");
+  const std::vector<Json> whole = read_steps(dir / "whole");
+  const auto expect_the_rest = [&] {
+    const std::vector<Json> rest = read_steps(dir / "rest");
+    ASSERT_EQ(rest.size(), 4u);
+    for (size_t i = 0; i < 4; ++i) {
+      EXPECT_NEAR(rest[i]["loss"], whole[i + 3]["loss"], 1e-6);
+      EXPECT_EQ(rest[i]["tokens"], whole[i]["tokens"]) << "its own only";
+    }
+  };
+  expect_the_rest();
+  EXPECT_NE(whole[0]["loss"], whole[3]["loss"]);
+  EXPECT_EQ(read_info(checkpoint("rest", 4)).state.sequences, 12 + 4 * 4);
+  std::filesystem::remove(checkpoint("rest", 4));
+  train("rest", still + "train.steps=4 data.skip=12 --resume");
+  expect_the_rest();
+  expect_refusal(run(alone(train_line("rest", still + "train.steps=9 data.skip=8 --resume"))), 2,
+                 {checkpoint("rest", 4), "data.skip 12, not 8"});
+}
+
 TEST_F(Training, RefusesWhatItCannotStartFrom) {
   train("donor", "train.steps=1");
   const auto start = [&](const std::string& arguments) {
