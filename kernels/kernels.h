@@ -133,9 +133,10 @@ struct Kernels {
   void swiglu_backward(Tensor dy, Tensor gate_up, Tensor dgate_up) const;
 
   /// Cross-entropy of logits x w^T without holding them all: loss [T] in nats and, unless dx is
-  /// empty, the gradients of scale * sum(loss). logits: scratch [rows, V], rows at a time.
-  void head_loss(Tensor x, Tensor w, Tensor targets, double scale, Tensor loss, Tensor dx,
-                 Tensor dw_sum, Tensor logits) const;
+  /// empty, the gradients of scale * sum(loss). predicted i32 [T] (or empty) gets the id of the
+  /// largest logit, the lowest of equal ones. logits: scratch [rows, V], rows at a time.
+  void head_loss(Tensor x, Tensor w, Tensor targets, double scale, Tensor loss, Tensor predicted,
+                 Tensor dx, Tensor dw_sum, Tensor logits) const;
 
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
   /// Rows that attend nothing give 0. read: see ReadField, or empty. keys: scratch of k's size, for

@@ -12,7 +12,8 @@ namespace entrain {
 
 template <>
 void Kernels<Device::cpu>::head_loss(Tensor x, Tensor w, Tensor targets, double scale, Tensor loss,
-                                     Tensor dx, Tensor dw_sum, Tensor logits) const {
+                                     Tensor predicted, Tensor dx, Tensor dw_sum,
+                                     Tensor logits) const {
   by_type(x, [&]<class T>(T) {
     const int64_t count = x[0], d = x[1], V = w[0], strip = logits[0];
     T* z = logits.ptr<T>();
@@ -27,6 +28,10 @@ void Kernels<Device::cpu>::head_loss(Tensor x, Tensor w, Tensor targets, double 
         T top = row[0];
 #pragma omp simd reduction(max : top)
         for (int64_t j = 0; j < V; ++j) top = std::max(top, row[j]);
+        if (predicted) {
+          predicted.ptr<int32_t>()[begin + t] =
+              static_cast<int32_t>(std::find(row, row + V, top) - row);
+        }
         const T at_target = row[target] - top;
         T sum = 0;
 #pragma omp simd reduction(+ : sum)

@@ -32,6 +32,10 @@ void print_text(const RunEvaluation& evaluation) {
   }
   fmt::print("  loss            {:.4f} nats a token\n  perplexity      {:.3f}\n", result.loss,
              result.perplexity);
+  if (result.recall.answers > 0) {
+    fmt::print("  recall accuracy {:.4f} of {} answers\n", result.recall.accuracy(),
+               result.recall.answers);
+  }
   fmt::print("  density         {:.4f} (sparsity {:.4f})\n  router density  {:.4f}\n", all.density,
              1 - all.density, all.router_density);
   fmt::print("  density per layer and key-value head:\n");

@@ -25,8 +25,10 @@ void show_tokens(const std::string& path) {
   fmt::print("{}: token store, checksums match\n  tokenizer  {}, {} ids\n", path, store.tokenizer(),
              store.vocab());
   for (const Split split : {Split::train, Split::validation}) {
-    fmt::print("  {:<10} {} tokens in {} documents\n", name_of(split), store.tokens(split),
+    fmt::print("  {:<10} {} tokens in {} documents", name_of(split), store.tokens(split),
                store.documents(split));
+    if (store.answers(split) > 0) fmt::print(", {} answers", store.answers(split));
+    fmt::print("\n");
   }
   fmt::print("  from       {}\n", store.provenance());
 }

@@ -1,7 +1,8 @@
 // entrain tokenize: text to a token store.
+#include "cli/tokenize.h"
+
 #include <omp.h>
 
-#include <array>
 #include <charconv>
 #include <filesystem>
 #include <fstream>
@@ -14,9 +15,8 @@
 #include "core/error.h"
 #include "core/rng.h"
 #include "data/corpus.h"
-#include "data/token_format.h"
-#include "data/token_writer.h"
 #include "data/tokenizer.h"
+#include "train/config.h"
 
 namespace entrain::cli {
 namespace {
@@ -25,14 +25,6 @@ constexpr size_t sample_segment = 4096;
 constexpr size_t sample_segments = 1024;         // 4 MiB: more hardly changes a vocabulary
 constexpr size_t batch_bytes = size_t{1} << 20;  // a thread
 
-struct Options {
-  std::vector<std::string> inputs;
-  std::string out, tokenizer = "bytes", provenance, jsonl_field;
-  double validation = 0.05;
-  int threads = omp_get_max_threads();
-  uint64_t seed = 1;
-};
-
 std::string read_whole(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   std::string text{std::istreambuf_iterator<char>(in), {}};
@@ -40,7 +32,7 @@ std::string read_whole(const std::string& path) {
   return text;
 }
 
-bool trains(const Options& o) {
+bool trains(const TokenizeOptions& o) {
   return o.tokenizer.starts_with("bpe:");
 }
 
@@ -65,7 +57,7 @@ std::vector<std::string> sample(Corpus& corpus, uint64_t seed) {
   return kept;
 }
 
-Tokenizer make_tokenizer(const Options& o, Corpus& corpus) {
+Tokenizer make_tokenizer(const TokenizeOptions& o, Corpus& corpus) {
   const std::string& name = o.tokenizer;
   if (name == "bytes") return Tokenizer();
   if (trains(o)) {
@@ -85,21 +77,10 @@ Tokenizer make_tokenizer(const Options& o, Corpus& corpus) {
   return Tokenizer("spm:" + std::filesystem::path(path).filename().string(), read_whole(path));
 }
 
-/// The same for the same contents, wherever and however often they occur.
-Split split_of(const std::string& document, const Options& o) {
-  const uint32_t hash = checksum(0, document.data(), document.size());
-  return Rng(hash, o.seed).uniform() < o.validation ? Split::validation : Split::train;
-}
-
-struct Count {
-  int64_t documents = 0, tokens = 0, bytes = 0;
-};
-
 /// Encodes batches of documents in parallel and writes them in their order.
-std::array<Count, 2> encode(Corpus& corpus, const Tokenizer& tokenizer, const Options& o,
-                            TokenWriter& writer) {
+void encode(Corpus& corpus, const Tokenizer& tokenizer, const TokenizeOptions& o,
+            SplitOutput& output) {
   Progress progress("tokenize", corpus.bytes_total());
-  std::array<Count, 2> counts;
   std::vector<std::string> documents;
   std::vector<std::vector<int32_t>> ids;
   for (bool more = true; more; progress.update(corpus.bytes_read())) {
@@ -117,19 +98,12 @@ std::array<Count, 2> encode(Corpus& corpus, const Tokenizer& tokenizer, const Op
       tokenizer.encode(documents[d], ids[d]);
       ids[d].push_back(tokenizer.end_of_document());
     }
-    for (size_t d = 0; d < documents.size(); ++d) {
-      const Split split = split_of(documents[d], o);
-      writer.add(split, ids[d]);
-      Count& count = counts[static_cast<size_t>(split)];
-      count.documents += 1;
-      count.tokens += std::ssize(ids[d]);
-      count.bytes += std::ssize(documents[d]);
-    }
+    for (size_t d = 0; d < documents.size(); ++d) output.add(documents[d], ids[d]);
   }
-  return counts;
 }
 
-std::string provenance(const Options& o, const Corpus& corpus, const nlohmann::json& source) {
+std::string provenance(const TokenizeOptions& o, const Corpus& corpus,
+                       const nlohmann::json& source) {
   const nlohmann::json all = {{"created_by", "entrain tokenize"},
                               {"inputs", o.inputs},
                               {"files", corpus.files_read()},
@@ -149,53 +123,61 @@ nlohmann::json read_source(const std::string& path) {
   return source;
 }
 
-void summarize(const Options& o, const Corpus& corpus, const Tokenizer& tokenizer,
-               const std::array<Count, 2>& counts) {
-  const auto& [train, validation] = counts;
-  const double bytes = static_cast<double>(train.bytes + validation.bytes);
-  fmt::print("{}: {} ids, {:.2f} bytes a token, {} files", o.out, tokenizer.vocab(),
-             bytes / static_cast<double>(train.tokens + validation.tokens), corpus.files_read());
-  if (corpus.binaries_skipped() > 0)
-    fmt::print(" ({} binary ones skipped)", corpus.binaries_skipped());
-  for (Split split : {Split::train, Split::validation}) {
-    const Count& count = counts[static_cast<size_t>(split)];
-    fmt::print("\n  {:<10} {:>9} documents {:>12} tokens {:>12} bytes", name_of(split),
-               count.documents, count.tokens, count.bytes);
-  }
-  fmt::print("\n");
-  if (validation.tokens == 0 && o.validation > 0)
-    fmt::print(stderr,
-               "warning: no document fell into validation; give more of them or raise "
-               "--validation\n");
-}
-
-void tokenize(const Options& o) {
+void tokenize(const TokenizeOptions& o) {
+  if (o.inputs.empty())
+    throw ConfigError("nothing to tokenize; name inputs, or --synthetic recall");
   const nlohmann::json source = read_source(o.provenance);
   { const TokenWriter trial(o.out, 1); }  // refuses an unwritable output before the work, not after
   Corpus corpus(o.inputs, {o.jsonl_field, trains(o)});
   const Tokenizer tokenizer = make_tokenizer(o, corpus);
-  TokenWriter writer(o.out, tokenizer.vocab());
-  const auto counts = encode(corpus, tokenizer, o, writer);
-  require(counts[0].documents + counts[1].documents > 0,
-          "no text in the input: nothing to tokenize");
-  require(counts[0].documents > 0,
-          "every document fell into validation; lower --validation or change --seed");
-  writer.finish(
-      {tokenizer.name(), tokenizer.model(), provenance(o, corpus, source), corpus.manifest()});
-  summarize(o, corpus, tokenizer, counts);
+  SplitOutput output(o, tokenizer.vocab());
+  encode(corpus, tokenizer, o, output);
+  require(output.documents() > 0, "no text in the input: nothing to tokenize");
+  std::string files = fmt::format("{} files", corpus.files_read());
+  if (corpus.binaries_skipped() > 0)
+    files += fmt::format(" ({} binary ones skipped)", corpus.binaries_skipped());
+  output.finish(
+      {tokenizer.name(), tokenizer.model(), provenance(o, corpus, source), corpus.manifest()},
+      files);
+}
+
+CLI::Option* add_synthetic(CLI::App& command, TokenizeOptions& o) {
+  CLI::Option* synthetic =
+      command
+          .add_option("--synthetic", o.synthetic,
+                      "recall, in place of inputs: documents of filler that state pairs of a key "
+                      "and a value and ask for each value later; `entrain eval` then also reports "
+                      "how many it predicts")
+          ->check(CLI::IsMember({"recall"}));
+  const auto add = [&](const char* name, auto& value, const char* what) {
+    CLI::Option* option = command.add_option(name, value, what)->needs(synthetic);
+    synthetic->needs(option);
+    return option;
+  };
+  add("--length", o.recall.length,
+      "Tokens of a synthetic document with its end; data.seq_len, or a divisor of it, keeps "
+      "documents whole")
+      ->check(CLI::Range(1, 1 << 24));
+  add("--distance", o.distance,
+      "Tokens from a pair to its question: one number, or the least and the most (64:192) for one "
+      "number a document; where it never changes, a model may learn the place instead of the key");
+  add("--pairs", o.recall.pairs, "Pairs of a synthetic document");
+  add("--documents", o.documents, "Number of synthetic documents")
+      ->check(CLI::Range(1, 1000000000));
+  return synthetic;
 }
 
 }  // namespace
 
 void add_tokenize(CLI::App& app) {
-  auto options = std::make_shared<Options>();
-  Options& o = *options;
+  auto options = std::make_shared<TokenizeOptions>();
+  TokenizeOptions& o = *options;
+  o.threads = omp_get_max_threads();
   CLI::App* command = app.add_subcommand("tokenize", "Turn text into a token store");
-  command
-      ->add_option("input", o.inputs,
-                   "Files, folders (without hidden and binary files), globs, or - for standard "
-                   "input; *.jsonl holds a document a line, other files are one document a MiB")
-      ->required();
+  CLI::Option* input = command->add_option(
+      "input", o.inputs,
+      "Files, folders (without hidden and binary files), globs, or - for standard input; *.jsonl "
+      "holds a document a line, other files are one document a MiB");
   command->add_option("--out", o.out, "Token store to write (HDF5)")->required();
   command
       ->add_option("--tokenizer", o.tokenizer,
@@ -206,19 +188,26 @@ void add_tokenize(CLI::App& app) {
                    "Share of documents held out, chosen by a hash of their contents")
       ->check(CLI::Range(0.0, 0.99))
       ->capture_default_str();
-  command->add_option("--provenance", o.provenance,
-                      "JSON file on the corpus (version, checksum, licence) to keep in the store");
-  command->add_option("--jsonl-field", o.jsonl_field,
-                      "Read every input as JSON lines and take this field (*.jsonl: text)");
+  CLI::Option* source = command->add_option(
+      "--provenance", o.provenance,
+      "JSON file on the corpus (version, checksum, licence) to keep in the store");
+  CLI::Option* field =
+      command->add_option("--jsonl-field", o.jsonl_field,
+                          "Read every input as JSON lines and take this field (*.jsonl: text)");
   command
       ->add_option("--threads", o.threads, "Threads that encode; the result does not depend on it")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  command->add_option("--seed", o.seed, "Of the sample and the split")->capture_default_str();
+  command->add_option("--seed", o.seed, "Of the sample, the split and synthetic documents")
+      ->capture_default_str();
+  add_synthetic(*command, o)->excludes(input)->excludes(source)->excludes(field);
   command->footer(
       "Example:\n"
-      "  entrain tokenize docs/ notes.txt --out tokens.h5 --tokenizer bpe:2048 --validation 0.05");
-  command->callback([options] { tokenize(*options); });
+      "  entrain tokenize docs/ notes.txt --out tokens.h5 --tokenizer bpe:2048 --validation 0.05\n"
+      "  entrain tokenize --synthetic recall --length 256 --distance 64:192 --pairs 8 "
+      "--documents 20000 --out recall.h5");
+  command->callback(
+      [options] { options->synthetic.empty() ? tokenize(*options) : tokenize_recall(*options); });
 }
 
 }  // namespace entrain::cli

@@ -60,6 +60,24 @@ T element(const std::byte* data, int64_t i) {
   return value;
 }
 
+/// Position i of a column of positions.
+int64_t position(const Column& column, int64_t i) {
+  return static_cast<int64_t>(element<uint64_t>(column.data, i));
+}
+
+/// The first element of a column of ascending positions that is not below `value`.
+int64_t lower_bound(const Column& column, int64_t value) {
+  int64_t begin = 0, end = column.count;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (position(column, middle) < value)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
 Column find(const h5::File& file, const Map& map, const std::string& name) {
   const h5::Placed place = file.placed(name);
   require(place.shape.rank == 1, "{}: {} has shape {}, expected one dimension", file.path(), name,
@@ -78,6 +96,21 @@ void verify(const Column& column, const std::string& path, const std::string& na
   require(checksum(0, column.data, bytes) == column.crc,
           "{}: damaged: the checksum of {} does not match; tokenize again or restore the file",
           path, name);
+}
+
+/// Each answer after the one before it, the first with a token before it to be predicted from.
+void require_answers(const Column& answers, int64_t tokens, const std::string& path,
+                     const std::string& name) {
+  require(answers.dtype == DType::u64, "{}: {} is {}, expected u64", path, name,
+          name_of(answers.dtype));
+  int64_t last = 0;
+  for (int64_t i = 0; i < answers.count; ++i) {
+    const int64_t at = position(answers, i);
+    require(at > last && at < tokens,
+            "{}: damaged: number {} of {} is token {}, expected one after {} and before {}", path,
+            i, name, at, last, tokens);
+    last = at;
+  }
 }
 
 /// Widens ids; returns the position of the first one that is not below vocab, or count.
@@ -108,7 +141,7 @@ struct TokenStore::Mapped {
   h5::File file;
   Map map;
   int vocab = 0;
-  std::array<Column, 2> tokens, offsets;
+  std::array<Column, 2> tokens, offsets, answers;
   std::string model, fingerprint;
 };
 
@@ -139,6 +172,13 @@ TokenStore::TokenStore(const std::string& path, bool verify_contents)
             "{}: damaged: {}/document_offsets does not end at the {} tokens", path, group,
             tokens.count);
     m.fingerprint += fmt::format("-{}:{:08x}:{:08x}", tokens.count, tokens.crc, offsets.crc);
+    const std::string marks = group + "/answers";
+    if (m.file.has(marks)) {
+      const Column& answers = m.answers[s] = find(m.file, m.map, marks);
+      if (verify_contents) verify(answers, path, marks);
+      require_answers(answers, tokens.count, path, marks);
+      m.fingerprint += fmt::format(":{:08x}", answers.crc);
+    }
     if (!verify_contents) continue;
     verify(tokens, path, group + "/tokens");
     verify(offsets, path, group + "/document_offsets");
@@ -175,6 +215,18 @@ int64_t TokenStore::tokens(Split split) const {
 
 int64_t TokenStore::documents(Split split) const {
   return mapped_->offsets[static_cast<size_t>(split)].count - 1;
+}
+
+int64_t TokenStore::answers(Split split) const {
+  return mapped_->answers[static_cast<size_t>(split)].count;
+}
+
+std::vector<int64_t> TokenStore::answers(Split split, int64_t begin, int64_t count) const {
+  const Column& answers = mapped_->answers[static_cast<size_t>(split)];
+  std::vector<int64_t> found;
+  const int64_t end = lower_bound(answers, begin + count);
+  for (int64_t i = lower_bound(answers, begin); i < end; ++i) found.push_back(position(answers, i));
+  return found;
 }
 
 void TokenStore::read(Split split, int64_t begin, int64_t count, int32_t* into) const {

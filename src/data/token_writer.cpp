@@ -83,7 +83,7 @@ class TokenWriter::Spool {
 };
 
 struct TokenWriter::SplitSpools {
-  Spool tokens, offsets;
+  Spool tokens, offsets, answers;
 };
 
 namespace {
@@ -101,7 +101,8 @@ void write_bytes(h5::File& out, const std::string& dataset, std::string bytes, h
 TokenWriter::TokenWriter(const std::string& path, int vocab) : path_(path), vocab_(vocab) {
   require(!std::filesystem::is_directory(path), "{}: is a folder; name a file to write", path);
   for (auto& split : splits_)
-    split.reset(new SplitSpools{{path, token_dtype(vocab)}, {path, DType::u64}});
+    split.reset(
+        new SplitSpools{{path, token_dtype(vocab)}, {path, DType::u64}, {path, DType::u64}});
 }
 
 TokenWriter::~TokenWriter() {
@@ -109,8 +110,10 @@ TokenWriter::~TokenWriter() {
   std::filesystem::remove(partial(path_), ignored);
 }
 
-void TokenWriter::add(Split split, std::span<const int32_t> ids) {
-  auto& [tokens, offsets] = *splits_[static_cast<size_t>(split)];
+void TokenWriter::add(Split split, std::span<const int32_t> ids,
+                      std::span<const int64_t> document_answers) {
+  auto& [tokens, offsets, answers] = *splits_[static_cast<size_t>(split)];
+  for (int64_t at : document_answers) answers.add(static_cast<uint64_t>(tokens.count() + at));
   offsets.add(static_cast<uint64_t>(tokens.count()));
   for (int32_t id : ids) {
     require(id >= 0 && id < vocab_, "token id {} is beyond the vocabulary of {}", id, vocab_);
@@ -133,10 +136,11 @@ void TokenWriter::finish(const Description& description) {
       int64_t{checksum(0, description.tokenizer_model.data(), description.tokenizer_model.size())});
   write_bytes(out, "manifest", description.manifest, h5::Pack::gzip);
   for (Split split : {Split::train, Split::validation}) {
-    auto& [tokens, offsets] = *splits_[static_cast<size_t>(split)];
+    auto& [tokens, offsets, answers] = *splits_[static_cast<size_t>(split)];
     offsets.add(static_cast<uint64_t>(tokens.count()));
     tokens.copy_to(out, fmt::format("{}/tokens", name_of(split)));
     offsets.copy_to(out, fmt::format("{}/document_offsets", name_of(split)));
+    if (answers.count() > 0) answers.copy_to(out, fmt::format("{}/answers", name_of(split)));
   }
   out.close();
   std::error_code error;

@@ -18,8 +18,9 @@ class TokenWriter {
   TokenWriter(const std::string& path, int vocab);
   ~TokenWriter();
 
-  /// Appends one document with its end-of-document id.
-  void add(Split split, std::span<const int32_t> ids);
+  /// Appends one document with its end-of-document id. answers: which of its ids answer a question,
+  /// ascending.
+  void add(Split split, std::span<const int32_t> ids, std::span<const int64_t> answers = {});
 
   struct Description {
     std::string tokenizer;        // as on the command line

@@ -178,11 +178,12 @@ Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final, De
 }
 
 Tensor Decoder::loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
-                     const GradsFinal& grads_final) {
+                     const GradsFinal& grads_final, Tensor predicted) {
   // Kept below the blocks: what comes after them is overwritten when backward recomputes them.
   const Tensor loss = tape.keep({targets.numel()});
   const Var x = hidden(tape, tokens, grads_final);
-  ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale, loss);
+  ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale, loss,
+                 predicted ? predicted.view({predicted.numel()}) : Tensor{});
   return loss;
 }
 

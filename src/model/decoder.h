@@ -46,9 +46,10 @@ class Decoder {
   Var hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final = {},
              DecoderCache* cache = nullptr);
   /// hidden() and the cross-entropy of each target, [B N]; when training, the gradient of
-  /// scale * sum(loss) flows. The loss can be read after forward and after backward.
+  /// scale * sum(loss) flows. The loss can be read after forward and after backward. predicted,
+  /// i32 and shaped as targets, where given, gets the most likely token at each.
   Tensor loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
-              const GradsFinal& grads_final = {});
+              const GradsFinal& grads_final = {}, Tensor predicted = {});
   /// hidden() and the logits, [B N, vocab].
   Tensor logits(Tape& tape, Tensor tokens);
 

@@ -32,7 +32,8 @@ Var residual(Tape& tape, Var x, Var branch);
 
 /// The head's cross-entropy: writes loss [T], in nats, of targets i32 [T] under softmax(x w^T).
 /// When training, the gradients of scale * sum(loss) are computed along the way, while the logits
-/// are there.
-void head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale, Tensor loss);
+/// are there. predicted i32 [T], where given, gets the most likely id, the lowest of equal ones.
+void head_loss(Tape& tape, Var x, Var w, Tensor targets, double scale, Tensor loss,
+               Tensor predicted = {});
 
 }  // namespace entrain::ops

@@ -1,6 +1,7 @@
 #include "train/evaluate.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <numeric>
@@ -88,6 +89,10 @@ nlohmann::ordered_json to_json(const EvalResult& result) {
                               {"softmax_entropy", softmax_entropy}});
   }
   if (!result.routing.empty()) out["routing_entropy"] = result.routing_entropy;
+  if (result.recall.answers > 0) {
+    out["answers"] = result.recall.answers;
+    out["recall_accuracy"] = result.recall.accuracy();
+  }
   return out;
 }
 
@@ -95,7 +100,8 @@ Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
     : decoder_(decoder), tape_(memory, {}), position_loss_(static_cast<size_t>(seq_len)) {
   tokens_ = tape_.keep({1, seq_len}, DType::i32);
   targets_ = tape_.keep({1, seq_len}, DType::i32);
-  loss_ = decoder.loss(tape_, tokens_, targets_, 1);
+  predicted_ = tape_.keep({1, seq_len}, DType::i32);
+  loss_ = decoder.loss(tape_, tokens_, targets_, 1, {}, predicted_);
 }
 
 EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequences, Comm& comm) {
@@ -107,22 +113,31 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   EvalResult result;
   collect_read(comm, decoder_.read(), result.read);  // clears what training counted
   std::ranges::fill(position_loss_, 0.0);
+  std::array<double, 2> recall{};  // answers, right
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
-    store.read(split, i * available / sequences * seq_len, seq_len + 1, window.data());
+    const int64_t first = i * available / sequences * seq_len;
+    store.read(split, first, seq_len + 1, window.data());
     std::copy(window.begin(), window.end() - 1, tokens_.ptr<int32_t>());
     std::copy(window.begin() + 1, window.end(), targets_.ptr<int32_t>());
     tape_.forward();
     for (int64_t t = 0; t < seq_len; ++t) {
       position_loss_[static_cast<size_t>(t)] += loss_.ptr<float>()[t];
     }
+    for (const int64_t answer : store.answers(split, first + 1, seq_len)) {
+      const int64_t t = answer - (first + 1);
+      recall[0] += 1;
+      recall[1] += predicted_.ptr<int32_t>()[t] == targets_.ptr<int32_t>()[t];
+    }
   }
   comm.sum(position_loss_.data(), static_cast<int>(seq_len));
+  comm.sum(recall.data(), 2);
   result.tokens = sequences * seq_len;
   result.loss = std::accumulate(position_loss_.begin(), position_loss_.end(), 0.0) /
                 static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
   collect_read(comm, decoder_.read(), result.read);
   result.loss_by_position = by_stretch(position_loss_, sequences);
+  result.recall = {static_cast<int64_t>(recall[0]), static_cast<int64_t>(recall[1])};
   collect_entropy(comm, decoder_.entropy().slice(0, 0, seq_len), result);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.tokens_per_second = static_cast<double>(result.tokens) / seconds.count();

@@ -1,5 +1,5 @@
 #pragma once
-// Loss and density of a model on held-out tokens.
+// Loss, density and recall of a model on held-out tokens.
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -15,6 +15,13 @@ namespace entrain {
 struct PositionLoss {
   int64_t begin, end;
   double loss;
+};
+
+/// Answers of the token store among the evaluated tokens, and how many of them were the most likely
+/// token where they stand.
+struct Recall {
+  int64_t answers = 0, right = 0;
+  double accuracy() const { return static_cast<double>(right) / static_cast<double>(answers); }
 };
 
 /// How a router spread over its candidates at positions [begin, end): means over queries.
@@ -34,9 +41,11 @@ struct EvalResult {
   std::vector<PositionLoss> loss_by_position;  // 16 stretches of a sequence, or its tokens if fewer
   std::vector<PositionRouting> routing;        // those of them that have candidates
   double routing_entropy = 0;                  // over all queries that have candidates
+  Recall recall;                               // no answers where the store marks none
 };
 
-/// Its fields by name; `layers` holds density, router_density and active_blocks per kv head.
+/// Its fields by name; `layers` holds density, router_density and active_blocks per kv head,
+/// answers and recall_accuracy are absent without answers.
 nlohmann::ordered_json to_json(const EvalResult& result);
 
 /// Throws Error unless the split has a sequence of seq_len tokens and their targets.
@@ -54,7 +63,7 @@ class Evaluator {
  private:
   Decoder& decoder_;
   Tape tape_;
-  Tensor tokens_, targets_, loss_;
+  Tensor tokens_, targets_, loss_, predicted_;
   std::vector<double> position_loss_;  // sums over sequences, [seq_len]
 };
 

@@ -304,14 +304,21 @@ void Run::evaluate() {
       evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
   double peak = static_cast<double>(peak_resident_bytes());
   comm_.max(&peak, 1);
-  say(fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
-                  result.loss, result.perplexity, result.read.all.density));
-  write_metrics({{"step", state_.step},
-                 {"eval_loss", result.loss},
-                 {"eval_perplexity", result.perplexity},
-                 {"density", result.read.all.density},
-                 {"router_density", result.read.all.router_density},
-                 {"peak_memory_bytes", static_cast<int64_t>(peak)}});
+  std::string line =
+      fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
+                  result.loss, result.perplexity, result.read.all.density);
+  nlohmann::ordered_json metrics{{"step", state_.step},
+                                 {"eval_loss", result.loss},
+                                 {"eval_perplexity", result.perplexity},
+                                 {"density", result.read.all.density},
+                                 {"router_density", result.read.all.router_density},
+                                 {"peak_memory_bytes", static_cast<int64_t>(peak)}};
+  if (result.recall.answers > 0) {
+    line += fmt::format(", recall accuracy {:.3f}", result.recall.accuracy());
+    metrics["recall_accuracy"] = result.recall.accuracy();
+  }
+  say(line);
+  write_metrics(metrics);
 }
 
 void Run::save() {

@@ -67,6 +67,29 @@ TEST_F(Eval, TakesAnotherAttention) {
       << text.out;
 }
 
+TEST_F(Eval, GivesTheRecallOfMarkedAnswers) {
+  EXPECT_FALSE(evaluate(dir / "run").contains("recall_accuracy"));
+  ASSERT_EQ(run_entrain("tokenize --synthetic recall --length 64 --distance 20 --pairs 3 "
+                        "--documents 30 --validation 0.3 --out " +
+                        (dir / "recall.h5"))
+                .code,
+            0);
+  train("recall", fmt::format("data.path={} train.steps=4 eval.every=4", dir / "recall.h5"));
+  const Json eval = evaluate(dir / "recall"), two = evaluate(dir / "recall", 2);
+  EXPECT_EQ(eval["answers"], 4 * 3);
+  const double accuracy = eval["recall_accuracy"];
+  EXPECT_GE(accuracy, 0);
+  EXPECT_LT(accuracy, 1);
+  EXPECT_EQ(two["answers"], eval["answers"]);
+  EXPECT_EQ(two["recall_accuracy"], accuracy);
+  EXPECT_EQ(read_metrics(dir / "recall").back()["recall_accuracy"], accuracy);
+  const Ended text = run(alone(fmt::format("{} eval {}", ENTRAIN_BINARY, dir / "recall")));
+  EXPECT_NE(text.out.find(fmt::format("recall accuracy {:.4f} of 12 answers", accuracy)),
+            std::string::npos)
+      << text.out;
+  EXPECT_NE(info(dir / "recall.h5").out.find(" answers\n"), std::string::npos);
+}
+
 TEST_F(Eval, AgreesOnTwoRanks) {
   Json alone = evaluate(dir / "run"), together = evaluate(dir / "run", 2);
   EXPECT_NEAR(alone["loss"], together["loss"], 1e-12);

@@ -5,6 +5,7 @@
 #include "data/token_store.h"
 #include "data/tokenizer.h"
 #include "tests/expect_error.h"
+#include "tests/program.h"
 #include "tests/temp_dir.h"
 
 namespace entrain {
@@ -97,6 +98,69 @@ TEST(Tokenize, RefusesBadInputAndLeavesNoFile) {
   EXPECT_ERROR(tokenize(dir / "a.txt" + (" --out " + (dir / "no/out.h5"))), "No such file");
   EXPECT_FALSE(std::filesystem::exists(dir / "out.h5"));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.h5.partial"));
+}
+
+TEST(Tokenize, MakesARecallTask) {
+  TempDir dir;
+  const auto recall = [&](const std::string& name, const std::string& arguments) {
+    tokenize(
+        fmt::format("--synthetic recall --length 64 --documents 300 --validation 0.2 {} --out {}",
+                    arguments, dir / name));
+  };
+  recall("a.h5", "--distance 20 --pairs 3");
+  const TokenStore store(dir / "a.h5");
+  EXPECT_EQ(store.documents(Split::train) + store.documents(Split::validation), 300);
+  EXPECT_NEAR(static_cast<double>(store.documents(Split::validation)), 60, 25);
+  for (const Split split : {Split::train, Split::validation}) {
+    EXPECT_EQ(store.tokens(split), 64 * store.documents(split));
+    EXPECT_EQ(store.answers(split), 3 * store.documents(split));
+    const std::vector<int32_t> all = ids(store, split);
+    for (const int64_t at : store.answers(split, 0, store.tokens(split))) {
+      const auto i = static_cast<size_t>(at);
+      EXPECT_EQ(all[i - 1], '?');
+      EXPECT_EQ(all[i - 21], '=');
+      EXPECT_EQ(all[i], all[i - 20]);
+    }
+    for (size_t end = 63; end < all.size(); end += 64)
+      EXPECT_EQ(all[end], Tokenizer().end_of_document());
+  }
+  EXPECT_NE(store.provenance().find("\"pairs\": 3"), std::string::npos) << store.provenance();
+
+  recall("same.h5", "--distance 20:20 --pairs 3 --threads 2");
+  EXPECT_EQ(TokenStore(dir / "same.h5").fingerprint(), store.fingerprint());
+  recall("other.h5", "--distance 20 --pairs 3 --seed 2");
+  EXPECT_NE(TokenStore(dir / "other.h5").fingerprint(), store.fingerprint());
+}
+
+TEST(Tokenize, RefusesImpossibleRecallTasks) {
+  TempDir dir;
+  write_file(dir / "a.txt", "some text\n");
+  const std::string task = "--synthetic recall --length 256 --distance 128 --documents 9 --pairs 2";
+  for (const auto& [arguments, part] : std::vector<std::pair<std::string, std::string>>{
+           {task + " --pairs 3", "--pairs"},  // twice
+           {"--synthetic recall --length 256 --distance 128 --documents 9 --pairs 22",
+            "--pairs 22: expected 1 to 21"},
+           {"--synthetic recall --length 256 --distance 250 --documents 9 --pairs 2",
+            "--distance 250: expected at most 249"},
+           {"--synthetic recall --length 256 --distance far --documents 9 --pairs 2",
+            "--distance far: expected a number"},
+           {"--synthetic recall --length 256 --distance 64: --documents 9 --pairs 2",
+            "--distance 64:: expected a number"},
+           {"--synthetic recall --length 0 --distance 64 --documents 9 --pairs 2", "--length"},
+           {"--synthetic recall --length 256 --documents 9 --pairs 2", "requires --distance"},
+           {"--synthetic recital --length 256 --distance 64 --documents 9 --pairs 2", "recital"},
+           {task + " --tokenizer bpe:300", "--tokenizer bpe:300: --synthetic recall"},
+           {task + " --jsonl-field text", "--jsonl-field excludes --synthetic"},
+           {(dir / "a.txt") + " " + task, "input excludes --synthetic"},
+           {(dir / "a.txt") + " --pairs 2", "requires --synthetic"},
+           {"", "name inputs, or --synthetic recall"}}) {
+    const Ended ended = run_entrain(fmt::format("tokenize {} --out {}", arguments, dir / "a.h5"));
+    EXPECT_EQ(ended.code, 2) << arguments;
+    EXPECT_EQ(ended.out, "") << arguments;
+    EXPECT_NE(ended.err.find(part), std::string::npos) << arguments << ": " << ended.err;
+    EXPECT_EQ(std::ranges::count(ended.err, '\n'), 1) << ended.err;
+    EXPECT_FALSE(std::filesystem::exists(dir / "a.h5")) << arguments;
+  }
 }
 
 TEST(Tokenize, KeepsProvenance) {

@@ -27,6 +27,17 @@ void write_store(const std::string& path, int vocab = 300) {
   writer.finish({"spm:x", std::string("\0model", 6), R"({"licence": "none"})", "0 1 a\n"});
 }
 
+/// The same with answers, one of them the first token of a document.
+void write_answers(const std::string& path) {
+  TokenWriter writer(path, 300);
+  writer.add(Split::train, range(0, 100), std::vector<int64_t>{1, 40, 99});
+  writer.add(Split::validation, range(50, 60));
+  writer.add(Split::train, range(100, 300), std::vector<int64_t>{0, 199});
+  writer.finish({"spm:x", std::string("\0model", 6), "{}", ""});
+}
+
+const std::vector<int64_t> written_answers{1, 40, 99, 100, 299};
+
 std::vector<int32_t> read_all(const TokenStore& store, Split split) {
   std::vector<int32_t> ids(static_cast<size_t>(store.tokens(split)));
   store.read(split, 0, std::ssize(ids), ids.data());
@@ -52,6 +63,47 @@ TEST(TokenStore, ReadsBackWhatWasWritten) {
   int32_t id = 0;
   EXPECT_ERROR(store.read(Split::train, 300, 1, &id), "only 300");
   EXPECT_FALSE(std::filesystem::exists(dir / "a.h5.partial"));
+}
+
+TEST(TokenStore, ReadsBackAnswers) {
+  TempDir dir;
+  write_answers(dir / "a.h5");
+  const TokenStore store(dir / "a.h5");
+  EXPECT_EQ(read_all(store, Split::train), range(0, 300));
+  EXPECT_EQ(store.answers(Split::train), 5);
+  EXPECT_EQ(store.answers(Split::train, 0, 300), written_answers);
+  EXPECT_EQ(store.answers(Split::train, 40, 60), (std::vector<int64_t>{40, 99}));
+  EXPECT_EQ(store.answers(Split::train, 41, 58), std::vector<int64_t>());
+  EXPECT_EQ(store.answers(Split::train, 299, 1), std::vector<int64_t>{299});
+  EXPECT_EQ(store.answers(Split::validation), 0);
+  EXPECT_FALSE(h5::File::open(dir / "a.h5").has("validation/answers"));
+  EXPECT_EQ(store.answers(Split::validation, 0, 10), std::vector<int64_t>());
+  // A store without them is as it was, and another one.
+  write_store(dir / "b.h5");
+  const TokenStore plain(dir / "b.h5");
+  EXPECT_EQ(plain.answers(Split::train), 0);
+  EXPECT_NE(store.fingerprint(), plain.fingerprint());
+}
+
+TEST(TokenStore, RefusesAnswersOutOfPlace) {
+  TempDir dir;
+  const auto write = [&](const std::vector<int64_t>& answers) {
+    TokenWriter writer(dir / "a.h5", 300);
+    writer.add(Split::train, range(0, 100), answers);
+    writer.finish({"spm:x", std::string("\0model", 6), "{}", ""});
+  };
+  write({1, 5, 99});
+  EXPECT_EQ(TokenStore(dir / "a.h5").answers(Split::train), 3);
+  for (const auto& [answers, part] : std::vector<std::pair<std::vector<int64_t>, std::string>>{
+           {{5, 4}, "number 1 of train/answers is token 4, expected one after 5 and before 100"},
+           {{5, 5}, "number 1 of train/answers is token 5"},
+           {{0, 5}, "number 0 of train/answers is token 0, expected one after 0"},
+           {{5, 100}, "number 1 of train/answers is token 100"},
+           {{5, -1}, "number 1 of train/answers is token -1"}}) {
+    write(answers);
+    EXPECT_ERROR(TokenStore(dir / "a.h5"), part);
+    EXPECT_ERROR(TokenStore(dir / "a.h5", false), part);
+  }
 }
 
 TEST(TokenStore, WideIdsAndLongSplits) {
@@ -83,7 +135,7 @@ TEST(TokenStore, FingerprintFollowsContents) {
 // No flipped bit and no cut may crash the reader or pass as another token.
 TEST(TokenStore, EveryFlippedBitIsNoticedOrHarmless) {
   TempDir dir;
-  write_store(dir / "a.h5");
+  write_answers(dir / "a.h5");
   const std::string whole = read_file(dir / "a.h5");
   int noticed = 0;
   for (size_t at = 0; at < whole.size(); at += 3) {
@@ -95,6 +147,7 @@ TEST(TokenStore, EveryFlippedBitIsNoticedOrHarmless) {
       ASSERT_EQ(read_all(store, Split::train), range(0, 300)) << "byte " << at;
       ASSERT_EQ(store.tokenizer_model(), std::string("\0model", 6)) << "byte " << at;
       ASSERT_EQ(store.documents(Split::train), 2) << "byte " << at;
+      ASSERT_EQ(store.answers(Split::train, 0, 300), written_answers) << "byte " << at;
     } catch (const Error& e) {
       ASSERT_EQ(std::string(e.what()).find('\n'), std::string::npos) << e.what();
       ++noticed;
@@ -114,6 +167,16 @@ TEST(TokenStore, DamagedTokensAreNamed) {
   // Unverified, the id that left the vocabulary is still refused.
   const TokenStore store(dir / "a.h5", false);
   EXPECT_ERROR(read_all(store, Split::train), "token 3 of train is 16387, beyond the vocabulary");
+}
+
+TEST(TokenStore, DamagedAnswersAreNamed) {
+  TempDir dir;
+  write_answers(dir / "a.h5");
+  const auto place = h5::File::open(dir / "a.h5").placed("train/answers");
+  std::string damaged = read_file(dir / "a.h5");
+  damaged[static_cast<size_t>(place.offset) + 8] ^= 1;  // still in order
+  write_file(dir / "a.h5", damaged);
+  EXPECT_ERROR(TokenStore(dir / "a.h5"), "the checksum of train/answers does not match");
 }
 
 TEST(TokenStore, TruncatedAnywhereIsAnError) {

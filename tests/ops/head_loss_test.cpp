@@ -68,7 +68,7 @@ TEST(HeadLoss, StripsGiveWhatOnePieceGives) {
     const double tolerance = real == DType::f64 ? 1e-13 : 1e-5;
     for (const int64_t strip : {count, int64_t{1}, int64_t{4}, int64_t{22}}) {
       fill(head.w.grad, 0);
-      k.head_loss(head.x.value, head.w.value, head.targets, 0.5, loss, head.x.grad, head.w.grad,
+      k.head_loss(head.x.value, head.w.value, head.targets, 0.5, loss, {}, head.x.grad, head.w.grad,
                   pool.make({strip, V}));
       if (whole.empty()) whole = {values(loss), values(head.x.grad), values(head.w.grad)};
       EXPECT_LT(relative_error(loss, whole[0]), tolerance) << strip;
@@ -92,11 +92,39 @@ TEST(HeadLoss, TheOpHoldsOneStripOfALargeVocabulary) {
   EXPECT_LT(graph.memory().scratch.peak(), count * V * sizeof(double));
   graph->forward();
   const Tensor whole = pool.make({count}), dx = pool.make({count, d}), dw = pool.make({V, d});
-  Kernels<Device::cpu>{}.head_loss(head.x.value, head.w.value, head.targets, 0.5, whole, dx, dw,
+  Kernels<Device::cpu>{}.head_loss(head.x.value, head.w.value, head.targets, 0.5, whole, {}, dx, dw,
                                    pool.make({count, V}));
   EXPECT_LT(relative_error(loss, values(whole)), 1e-13);
   EXPECT_LT(relative_error(head.x.grad, values(dx)), 1e-13);
   EXPECT_LT(relative_error(head.w.grad, values(dw)), 1e-13);
+}
+
+TEST(HeadLoss, PredictsTheLargestLogitTheLowestOfEqualOnes) {
+  constexpr int64_t count = 90, d = 3, V = 20000;  // two strips
+  for (const DType real : {DType::f32, DType::f64}) {
+    Pool pool(real);
+    const Head head(pool, count, d, V);
+    // Small integers: logits are exact, and many of them equal.
+    for (const Tensor& t : {head.x.value, head.w.value})
+      for (int64_t i = 0; i < t.numel(); ++i) put(t, i, std::round(get(t, i)));
+    const Tensor predicted = pool.integers({count}, 7);
+    Graph graph({.dtype = real}, [&](Tape& tape) {
+      ops::head_loss(tape, {head.x.value, {}}, {head.w.value, {}}, head.targets, 1,
+                     tape.keep({count}), predicted);
+    });
+    graph->forward();
+    for (int64_t t = 0; t < count; ++t) {
+      int32_t best = 0;
+      double top = -1e9;
+      for (int32_t j = 0; j < V; ++j) {
+        double logit = 0;
+        for (int64_t i = 0; i < d; ++i)
+          logit += get(head.x.value, t * d + i) * get(head.w.value, j * d + i);
+        if (logit > top) top = logit, best = j;
+      }
+      EXPECT_EQ(predicted.ptr<int32_t>()[t], best) << t;
+    }
+  }
 }
 
 TEST(HeadLoss, SurvivesHugeLogitsAndNeedsNoGradients) {
