@@ -66,8 +66,8 @@ void add_eval(CLI::App& app) {
   eval->add_flag("--json", options->json, "one JSON object instead of text");
   eval->footer(
       "Examples:\n"
-      "  entrain eval runs/quickstart-dash eval.sequences=200\n"
-      "  entrain eval runs/quickstart-dash attention.method=full");
+      "  entrain eval runs/dash-1m eval.sequences=200\n"
+      "  entrain eval runs/dash-1m attention.method=full");
   eval->callback([options] { run(*options); });
 }
 

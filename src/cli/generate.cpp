@@ -155,8 +155,8 @@ void add_generate(CLI::App& app) {
       "The text goes to standard output as it is made, without the prompt; speed and the share of\n"
       "the context that was read go to standard error at the end.\n\n"
       "Examples:\n"
-      "  entrain generate runs/quickstart-dash --prompt 'The list of' --tokens 100\n"
-      "  entrain generate runs/quickstart-dash --temperature 0 <chapter.txt");
+      "  entrain generate runs/dash-1m --prompt 'The list of' --tokens 100\n"
+      "  entrain generate runs/dash-1m --temperature 0 <chapter.txt");
   generate->callback([options] { run(*options); });
 }
 

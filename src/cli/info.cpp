@@ -61,7 +61,7 @@ void add_info(CLI::App& app) {
   CLI::App* info =
       app.add_subcommand("info", "Describe and verify a token store, checkpoint or run");
   info->add_option("path", *path, "file or run folder; without it, this build and machine");
-  info->footer("Example: entrain info runs/quickstart-dash");
+  info->footer("Example: entrain info runs/dash-1m");
   info->callback([path] { show(*path); });
 }
 

@@ -22,7 +22,7 @@ namespace {
 constexpr const char* footer =
     "Example:\n"
     "  entrain tokenize corpus/ --tokenizer bpe:2048 --out tokens.h5\n"
-    "  mpirun -np 2 entrain train configs/quickstart-dash.yaml data.path=tokens.h5\n"
+    "  mpirun -np 2 entrain train configs/dash-1m.yaml data.path=tokens.h5\n"
     "\n"
     "Exit codes:\n"
     "  0  done\n"

@@ -40,7 +40,7 @@ void add_train(CLI::App& app) {
   train->footer(
       "Examples:\n"
       "  entrain train configs/cpu-small.yaml train.steps=100 run.dir=runs/first\n"
-      "  mpirun -np 2 entrain train configs/quickstart-dash.yaml --resume\n\n"
+      "  mpirun -np 2 entrain train configs/dash-1m.yaml --resume\n\n"
       "Keys of the YAML file, and of overrides:\n" +
       describe_keys());
   train->callback([options] { run(*options); });
