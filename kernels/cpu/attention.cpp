@@ -65,10 +65,15 @@ class Picker {
       for (int64_t i = begin; i < end; ++i) picked.push_back(static_cast<int32_t>(i));
       return;
     }
+    // Without a branch: which queries attend a block is not to be predicted.
     const uint64_t* word = mask_ + ((b * s_.Hkv + r) * s_.N + first) * words_ + c / 64;
+    picked.resize(static_cast<size_t>(std::max<int64_t>(0, end - begin)));
+    size_t n = 0;
     for (int64_t i = begin; i < end; ++i) {
-      if (word[i * words_] >> (c % 64) & 1) picked.push_back(static_cast<int32_t>(i));
+      picked[n] = static_cast<int32_t>(i);
+      n += word[i * words_] >> (c % 64) & 1;
     }
+    picked.resize(n);
   }
 
  private:
