@@ -1,6 +1,7 @@
 // DashAttention (arXiv 2605.18753): chunk summaries learned from the keys are scored by
 // alpha-entmax, whose support picks the chunks of each query and whose weights become a prior of
 // the token softmax. The prior's gradient trains queries, keys and summaries alike.
+#include "attention/record_attention.h"
 #include "attention/registry.h"
 
 namespace entrain {
@@ -47,7 +48,7 @@ class DashAttention : public AttentionMethod {
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const DashRouting routing = routing_;
-    const Var q = in.q, k = in.k, v = in.v;
+    const Var q = in.q, k = in.k;
     const Var summary = learned_summaries_ ? in.params.at(0) : Var{};
     const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
     const int64_t Hkv = k.value[1], M = chunks_in(k.value[2], routing.chunk);
@@ -55,7 +56,6 @@ class DashAttention : public AttentionMethod {
 
     const Tensor kbar = queries.decoding() ? in.cache.at(0) : tape.keep({B, Hkv, M, D}, DType::f64);
     const Tensor tau = tape.keep({B, Hq, N}, DType::f64);
-    const Tensor lse = tape.keep({B, Hq, N});
     const Shape per_chunk{B, Hkv, N, M};
     const Var bias = router_learns_ ? tape.var(per_chunk) : Var{tape.keep(per_chunk), {}};
     const BlockSet blocks{.block = routing.chunk,
@@ -88,23 +88,7 @@ class DashAttention : public AttentionMethod {
         },
         {k.grad, summary.grad});
 
-    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(k.value.shape);
-    Tensor token_scratch;
-    if (tape.training()) {
-      token_scratch =
-          tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
-    }
-    tape.record(
-        "attention", o.value, q.grad,
-        [=, read = in.read] {
-          kernels.attention(q.value, queries.seen(k.value), queries.seen(v.value),
-                            queries.attend(blocks), o.value, lse, keys, read);
-        },
-        [=] {
-          kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,
-                                     q.grad, k.grad, v.grad, bias.grad, token_scratch);
-        },
-        {k.grad, v.grad, bias.grad});
+    record_attention(tape, in, blocks, bias.grad, o);
   }
 
  private:

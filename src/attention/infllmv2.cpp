@@ -1,6 +1,7 @@
 // InfLLM-V2 (arXiv 2509.24663): mean-pooled windows of keys are scored by softmax, and each query
 // attends the blocks under the best of them, topk in all. It adds no parameters, and no gradient
 // passes through the choice.
+#include "attention/record_attention.h"
 #include "attention/registry.h"
 
 namespace entrain {
@@ -24,13 +25,12 @@ class InfLlmV2Attention : public AttentionMethod {
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Kernels<Device::cpu> kernels;
     const BlockSelection selection = selection_;
-    const Var q = in.q, k = in.k, v = in.v;
-    const int64_t B = q.value[0], Hq = q.value[1], N = q.value[2], D = q.value[3];
+    const Var q = in.q, k = in.k;
+    const int64_t B = q.value[0], N = q.value[2], D = q.value[3];
     const int64_t Hkv = k.value[1], M = (k.value[2] + selection.block - 1) / selection.block;
     const Queries queries = in.queries();
     const Runs windows = selection.runs();
 
-    const Tensor lse = tape.keep({B, Hq, N});
     const BlockSet blocks{.block = selection.block,
                           .mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64),
                           .bias = {}};
@@ -45,22 +45,7 @@ class InfLlmV2Attention : public AttentionMethod {
                             queries.attend(blocks), read);
     });
 
-    const Tensor keys = queries.decoding() ? Tensor{} : tape.scratch(k.value.shape);
-    Tensor scratch;
-    if (tape.training()) {
-      scratch = tape.scratch({kernels.attention_backward_scratch(q.value.shape, k.value.shape)});
-    }
-    tape.record(
-        "attention", o.value, q.grad,
-        [=, read = in.read] {
-          kernels.attention(q.value, queries.seen(k.value), queries.seen(v.value),
-                            queries.attend(blocks), o.value, lse, keys, read);
-        },
-        [=] {
-          kernels.attention_backward(q.value, k.value, v.value, o.value, o.grad, lse, blocks,
-                                     q.grad, k.grad, v.grad, {}, scratch);
-        },
-        {k.grad, v.grad});
+    record_attention(tape, in, blocks, {}, o);
   }
 
  private:

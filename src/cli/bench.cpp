@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "cli/commands.h"
+#include "core/median.h"
 #include "core/rng.h"
 #include "model/decoder.h"
 #include "optim/adamw.h"
@@ -22,11 +23,6 @@ double timed(const std::function<void()>& f) {
   const auto begin = Clock::now();
   f();
   return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
 }
 
 struct TrainShape {

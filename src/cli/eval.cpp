@@ -27,8 +27,8 @@ void print_text(const RunEvaluation& evaluation) {
   const HeadRead& all = result.read.all;
   fmt::print("{}: attention {}, {} validation tokens in {}\n", evaluation.checkpoint,
              config.attention.method, result.tokens, config.data.path);
-  if (!evaluation.fresh.empty()) {
-    fmt::print("  not in the checkpoint, untrained: {}\n", fmt::join(evaluation.fresh, ", "));
+  if (!evaluation.lacking.empty()) {
+    fmt::print("  not in the checkpoint, untrained: {}\n", fmt::join(evaluation.lacking, ", "));
   }
   fmt::print("  loss            {:.4f} nats a token\n  perplexity      {:.3f}\n", result.loss,
              result.perplexity);

@@ -94,10 +94,10 @@ void run(const Options& options) {
   require_memory(model.config.model,
                  static_cast<double>(options.tokens) + static_cast<double>(prompt.size()));
   const int64_t capacity = std::ssize(prompt) + options.tokens;
-  std::vector<std::string> fresh;
-  const std::unique_ptr<Decoder> decoder = model.decoder(capacity, fresh);
-  if (!fresh.empty()) {
-    spdlog::warn("not in the checkpoint, untrained: {}", fmt::join(fresh, ", "));
+  std::vector<std::string> lacking;
+  const std::unique_ptr<Decoder> decoder = model.decoder(capacity, lacking);
+  if (!lacking.empty()) {
+    spdlog::warn("not in the checkpoint, untrained: {}", fmt::join(lacking, ", "));
   }
   Generator generator(*decoder, capacity);
 

@@ -1,13 +1,16 @@
 #include "core/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <thread>
 
 #include "core/error.h"
 
@@ -49,6 +52,25 @@ void replace_file(const std::string& path, const std::string& text) {
   if (::close(file) != 0 || !flushed) fail_writing(path);
   if (::rename(beside.c_str(), path.c_str()) != 0) fail_writing(path);
   sync_folder(path);
+}
+
+FolderLock::FolderLock(const std::string& folder, const std::string& work) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  require(!error, "cannot create folder {}: {}", folder, error.message());
+  descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  require(descriptor_ >= 0, "cannot open folder {}: {}", folder, std::strerror(errno));
+  for (int attempt = 0; attempt < 50; ++attempt) {
+    // A file system without locks grants them all.
+    if (::flock(descriptor_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
+  ::close(descriptor_);
+  fail("another process {} {}; wait for it, or choose another folder", work, folder);
+}
+
+FolderLock::~FolderLock() {
+  ::close(descriptor_);
 }
 
 void sync_folder(const std::string& path) {

@@ -10,7 +10,7 @@ namespace entrain {
 RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string>& overrides,
                            Comm& comm) {
   RunEvaluation evaluation;
-  auto& [path, config, info, fresh, result] = evaluation;
+  auto& [path, config, info, lacking, result] = evaluation;
   std::optional<TrainedModel> model;
   std::unique_ptr<Decoder> decoder;
   std::unique_ptr<Evaluator> evaluator;
@@ -24,7 +24,7 @@ RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string
     config = model->config;
     info = model->info;
     require_sequence(*model->store, Split::validation, config.data.seq_len);
-    decoder = model->decoder(config.data.seq_len, fresh);
+    decoder = model->decoder(config.data.seq_len, lacking);
     for (const bool committed : {false, true}) {
       if (committed) memory.commit();
       evaluator = std::make_unique<Evaluator>(*decoder, memory, config.data.seq_len);

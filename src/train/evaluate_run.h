@@ -14,7 +14,7 @@ struct RunEvaluation {
   std::string checkpoint;
   RunConfig config;  // overrides applied
   CheckpointInfo info;
-  std::vector<std::string> fresh;  // parameters that another attention has and the checkpoint not
+  std::vector<std::string> lacking;  // parameters that another attention has and the checkpoint not
   EvalResult result;
 };
 

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <numeric>
 
 #include "core/file.h"
+#include "core/median.h"
 #include "train/metrics.h"
 
 namespace entrain {
@@ -12,13 +14,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr const char* format_name = "entrain result 1";
-
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + std::ssize(values) / 2;
-  std::ranges::nth_element(values, middle);
-  if (values.size() % 2 == 1) return *middle;
-  return (*middle + *std::max_element(values.begin(), middle)) / 2;
-}
 
 std::vector<double> values_of(const std::vector<Json>& lines, const char* key) {
   std::vector<double> values;
@@ -34,17 +29,25 @@ void add_training(Json& result, const RunConfig& config, int ranks) {
   const double sequences = config.train.global_batch;
   result["train_tokens"] = steps.back().value("tokens", Json());
   const std::vector<double> rates = values_of(steps, "tokens_per_second");
-  if (!rates.empty()) {
-    double seconds = 0;
-    for (const double rate : rates) seconds += sequences * config.data.seq_len / rate;
-    result["train_tokens_per_second"] = median(rates);
-    result["wall_seconds"] = seconds;
+  if (!rates.empty()) result["train_tokens_per_second"] = median(rates);
+  const std::vector<Json> lines = read_metric_lines(config.dir);
+  const std::vector<double> seconds = values_of(lines, "seconds");
+  if (!seconds.empty()) {
+    result["wall_seconds"] = std::accumulate(seconds.begin(), seconds.end(), 0.0);
   }
-  const std::vector<double> peaks = values_of(read_metric_lines(config.dir), "peak_memory_bytes");
+  const std::vector<double> peaks = values_of(lines, "peak_memory_bytes");
   if (!peaks.empty()) result["peak_memory_bytes"] = static_cast<int64_t>(std::ranges::max(peaks));
   const std::vector<double> attention = values_of(steps, "attention_seconds");
   // Ranks work side by side, each on its share of the step's sequences.
   if (!attention.empty()) result["attention_ms"] = 1000 * median(attention) * ranks / sequences;
+}
+
+// What tables and figures cannot do without.
+bool is_evaluation(const Json& eval) {
+  const auto is_list = [&](const char* key) {
+    return eval.contains(key) && eval[key].is_array() && !eval[key].empty();
+  };
+  return eval.is_object() && is_list("layers") && is_list("loss_by_position");
 }
 
 }  // namespace
@@ -110,7 +113,7 @@ std::optional<Json> read_result(const std::string& run_dir) {
   const bool whole = result.is_object() && is_text("format") && result["format"] == format_name &&
                      is_text("protocol") && is_text("name") && is_text("config") &&
                      is_text("data_fingerprint") && result.contains("varied") &&
-                     result.contains("eval") && result["eval"].is_object();
+                     result.contains("eval") && is_evaluation(result["eval"]);
   if (!whole) return {};
   return result;
 }

@@ -32,7 +32,7 @@ double mib(size_t bytes) {
 
 class Run {
  public:
-  Run(const RunConfig& config, Comm& comm, Listener& listener);
+  Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_rate);
 
   RunEnd train(bool resume);
 
@@ -49,7 +49,7 @@ class Run {
   void turn_knobs(int64_t step);
   StepMetrics step();
   int64_t tokens() const;  // trained on
-  void write_metrics(const nlohmann::ordered_json& line);
+  void write_metrics(nlohmann::ordered_json line);
   void evaluate();
   void save();
 
@@ -64,27 +64,26 @@ class Run {
   std::optional<TrainStep> step_;
   std::optional<Evaluator> evaluator_;
   std::optional<DensityController> controller_;
+  std::optional<FolderLock> lock_;
   std::optional<MetricsWriter> metrics_;
   TrainState state_;
-  double peak_rate_ = 0;     // matrix products, all ranks together
+  double peak_rate_;         // matrix products, all ranks together
   double step_seconds_ = 0;  // smoothed
   int64_t saved_step_ = -1, evaluated_step_ = -1;
+  Clock::time_point written_ = Clock::now();  // the last line of metrics, or the run's start
 };
 
-Run::Run(const RunConfig& config, Comm& comm, Listener& listener)
+Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_rate)
     : config_(config),
       comm_(comm),
       main_(comm.rank() == 0),
       listener_(listener),
       store_(config.data.path),
-      sampler_(store_, config.data.seq_len, config.train.seed) {
+      sampler_(store_, config.data.seq_len, config.train.seed),
+      peak_rate_(matmul_rate) {
   config_.model.vocab = store_.vocab();
   require_sequence(store_, Split::validation, config.data.seq_len);
 
-  // Once a process: a sweep has many runs. It also makes BLAS take its buffers before memory is
-  // measured.
-  static const double matmul = matmul_rate();
-  peak_rate_ = matmul;
   const size_t before = resident_bytes();
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
                    Device::cpu);
@@ -139,6 +138,7 @@ void Run::start(bool resume) {
       init_from(donor);
     }
     if (!main_ || complete()) return;
+    lock_.emplace(config_.dir, "trains in");
     metrics_.emplace(config_.dir, state_.step);
     replace_file(config_.dir + "/config.yaml", to_yaml(config_));
   });
@@ -291,7 +291,9 @@ StepMetrics Run::step() {
   return m;
 }
 
-void Run::write_metrics(const nlohmann::ordered_json& line) {
+void Run::write_metrics(nlohmann::ordered_json line) {
+  line["seconds"] = seconds_since(written_);
+  written_ = Clock::now();
   together(comm_, [&] {
     if (main_) metrics_->write(line);
   });
@@ -372,9 +374,11 @@ RunEnd Run::train(bool resume) {
 }  // namespace
 
 RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener) {
+  // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
+  static const double rate = matmul_rate();
   reset_peak_resident();
   std::optional<Run> run;
-  together(comm, [&] { run.emplace(config, comm, listener); });
+  together(comm, [&] { run.emplace(config, comm, listener, rate); });
   return run->train(resume);
 }
 

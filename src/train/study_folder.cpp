@@ -1,9 +1,11 @@
 #include "train/study_folder.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <set>
 
 #include "core/file.h"
+#include "core/h5.h"
 #include "data/sampler.h"
 #include "train/config_keys.h"
 #include "train/result.h"
@@ -43,6 +45,32 @@ void require_same_config(const std::string& path, const std::string& yaml, const
   }
 }
 
+// results.h5 is rewritten from this study's runs: it must not be of another one.
+void require_own_results(const Study& study) {
+  const std::string path = study.dir + "/results.h5";
+  if (!fs::exists(path)) return;
+  std::string protocol;
+  std::vector<std::string> there;
+  try {
+    const h5::File file = h5::File::open(path);
+    protocol = file.text("", "protocol");
+    there = file.groups("runs");
+  } catch (const Error&) {
+    return;  // damaged: its runs hold all that it did
+  }
+  if (protocol != study.protocol) {
+    refuse("{} is of protocol {}, but {} says {}; choose another study.dir", path, protocol,
+           study.file, study.protocol);
+  }
+  const bool shares = std::ranges::any_of(study.runs, [&](const StudyRun& run) {
+    return std::ranges::find(there, run.name) != there.end();
+  });
+  if (!shares) {
+    refuse("{} is of other runs ({}, ...) than {} asks for; choose another study.dir", path,
+           there.empty() ? "none" : there.front(), study.file);
+  }
+}
+
 }  // namespace
 
 void require_agreement(const Study& study) {
@@ -68,6 +96,7 @@ void require_agreement(const Study& study) {
           run.name, run.init_from, run.config.dir);
     }
   }
+  require_own_results(study);
 }
 
 void require_startable(const Study& study, const std::vector<size_t>& runs, Comm& comm) {

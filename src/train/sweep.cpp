@@ -1,8 +1,10 @@
 #include "train/sweep.h"
 
+#include <algorithm>
 #include <optional>
 #include <set>
 
+#include "core/file.h"
 #include "train/result.h"
 #include "train/results.h"
 #include "train/signals.h"
@@ -26,6 +28,7 @@ class Sweep {
   void find_done();
   bool train_missing();
   bool attempt(size_t i);
+  void require_trained(const std::string& name) const;
   void fail_run(size_t i, const std::string& why);
   void update_results();
   void report() const;
@@ -41,6 +44,10 @@ class Sweep {
 
 RunEnd Sweep::run() {
   find_done();
+  std::optional<FolderLock> lock;
+  together(comm_, [&] {
+    if (main_) lock.emplace(study_.dir, "works on");
+  });
   update_results();  // an earlier call may have ended between a run's result and these
   if (main_) table_.show();
   if (!train_missing()) {
@@ -93,6 +100,9 @@ bool Sweep::attempt(size_t i) {
   const StudyRun& run = study_.runs[i];
   if (main_) table_.start(i);
   try {
+    together(comm_, [&] {
+      if (main_ && !run.init_from.empty()) require_trained(run.init_from);
+    });
     if (train(run.config, /*resume=*/true, comm_, table_) == RunEnd::stopped) return false;
     if (main_) table_.evaluate();
     const RunEvaluation evaluation = evaluate_run(run.config.dir, {}, comm_);
@@ -109,6 +119,17 @@ bool Sweep::attempt(size_t i) {
   }
   update_results();
   return true;
+}
+
+// A damaged checkpoint lets an older one speak for a run. Others must not continue from that.
+void Sweep::require_trained(const std::string& name) const {
+  const StudyRun& run = *std::ranges::find(study_.runs, name, &StudyRun::name);
+  const std::string path = find_checkpoint(run.config.dir);
+  const int64_t step = read_info(path).state.step;
+  require(step == run.config.train.steps,
+          "{} is of step {} of {}: the checkpoint that runs continue from is damaged or gone; "
+          "remove the folders of {} and of the runs that continue it",
+          path, step, run.config.train.steps, name);
 }
 
 void Sweep::fail_run(size_t i, const std::string& why) {

@@ -7,7 +7,11 @@ namespace entrain {
 TrainedModel::TrainedModel(const std::string& path, const std::vector<std::string>& overrides,
                            bool verify_store)
     : checkpoint(path), info(read_info(path)), overrides_(overrides) {
-  // Gamma stays as it is, and a method without one has no density to aim at.
+  if (overridden("attention.target_density=")) {
+    throw ConfigError(
+        "attention.target_density moves gamma while training only; set attention.gamma here");
+  }
+  // What the run aimed at, a method without gamma would refuse.
   std::vector<std::string> all{"attention.target_density=0"};
   all.insert(all.end(), overrides.begin(), overrides.end());
   config = read_config(info.config_yaml, path, all);
@@ -17,11 +21,13 @@ TrainedModel::TrainedModel(const std::string& path, const std::vector<std::strin
 }
 
 std::unique_ptr<Decoder> TrainedModel::decoder(int64_t max_tokens,
-                                               std::vector<std::string>& fresh) const {
+                                               std::vector<std::string>& lacking) const {
   auto decoder =
       std::make_unique<Decoder>(config.model, config.attention, max_tokens, 0, false, Device::cpu);
   if (overridden("attention.")) {
-    fresh = load_shared(checkpoint, decoder->params()).fresh;
+    const Shared shared = load_shared(checkpoint, decoder->params());
+    lacking = shared.adopted;
+    lacking.insert(lacking.end(), shared.fresh.begin(), shared.fresh.end());
   } else {
     load_checkpoint(checkpoint, decoder->params());
   }

@@ -176,8 +176,8 @@ TEST_F(Sweep, WritesResultsThatExplainThemselves) {
     for (const Json& step : steps) {
       rates.push_back(step["tokens_per_second"]);
       attention.push_back(step["attention_seconds"]);
-      seconds += 4 * 64 / rates.back();
     }
+    for (const Json& line : read_metrics(folder(run.name))) seconds += double(line["seconds"]);
     const auto median = [](std::vector<double> v) {
       std::ranges::sort(v);
       return (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;  // of an even number
@@ -194,6 +194,7 @@ TEST_F(Sweep, WritesResultsThatExplainThemselves) {
     EXPECT_EQ(values(file, group + "/training/density").back(), double(steps.back()["density"]));
 
     EXPECT_EQ(file.shape(group + "/eval/loss_by_position"), (Shape{16, 3}));
+    EXPECT_EQ(file.text(group + "/eval/loss_by_position", "columns"), "begin, end, loss");
     const Json& position = eval["loss_by_position"][5];
     const std::vector<double> by_position = values(file, group + "/eval/loss_by_position");
     EXPECT_EQ(std::vector<double>(by_position.begin() + 15, by_position.begin() + 18),
@@ -241,7 +242,7 @@ TEST_F(Sweep, ChangesNothingWhenAllIsDone) {
   expect_unchanged(before);
 }
 
-TEST_F(Sweep, GrowsWithItsGridAndKeepsWhatItNoLongerHas) {
+TEST_F(Sweep, GrowsWithItsGridAndLeavesOutWhatItNoLongerHas) {
   complete();
   const Json before = result("full-seed1");
   const std::string metrics = read_file(folder("full-seed1") + "/metrics.jsonl");
@@ -251,9 +252,10 @@ TEST_F(Sweep, GrowsWithItsGridAndKeepsWhatItNoLongerHas) {
   EXPECT_EQ(result("full-seed1"), before);
   EXPECT_EQ(read_file(folder("full-seed1") + "/metrics.jsonl"), metrics);
   const h5::File file = h5::File::open(dir / "study/results.h5");
-  EXPECT_EQ(file.groups("runs").size(), 10u);
+  EXPECT_EQ(file.groups("runs").size(), 8u);
   EXPECT_TRUE(file.has("runs/full-gamma2-seed2"));
-  EXPECT_TRUE(file.has("runs/dash-target_density0.4-seed1"));
+  EXPECT_FALSE(file.has("runs/dash-target_density0.4-seed1"));
+  EXPECT_TRUE(std::filesystem::exists(folder("dash-target_density0.4-seed1") + "/result.json"));
   EXPECT_EQ(file.text("", "study"), yaml);
 }
 
@@ -401,6 +403,38 @@ TEST_F(Sweep, RefusesAnotherProtocolInTheSameFolder) {
   const auto before = snapshot();
   from_scratch();
   expect_refused({"run full-seed1: ", "study.protocol continued, but study.yaml says scratch"});
+  expect_unchanged(before);
+}
+
+TEST_F(Sweep, RefusesToReplaceTheResultsOfAnotherStudy) {
+  complete();
+  const auto before = snapshot();
+  const std::string good = yaml;
+  change("seeds: [1, 2]", "seeds: [3]");
+  expect_refused({"results.h5 is of other runs (dash-target_density0.4-seed1, ...)", "study.dir"});
+  from_scratch();
+  expect_refused({"results.h5 is of protocol continued, but study.yaml says scratch"});
+  expect_unchanged(before);
+}
+
+TEST_F(Sweep, ContinuesFromTheEndOfTheDenseRunOnly) {
+  complete();
+  const int64_t steps = study().runs[0].config.train.steps;
+  const std::string last = checkpoint_path(folder("dense-seed1"), steps);
+  write_file(last, read_file(last).substr(0, 5000));
+  std::filesystem::remove_all(folder("full-seed1"));
+  const Ended ended = sweep();
+  expect_refusal(ended, 1,
+                 {"1 of 8 runs failed (full-seed1: ", "of step 3 of 6", "remove the folders"});
+  EXPECT_FALSE(std::filesystem::exists(folder("full-seed1") + "/result.json"));
+}
+
+TEST_F(Sweep, OneProcessAtATime) {
+  complete();
+  std::filesystem::remove(folder("full-seed1") + "/result.json");
+  const auto before = snapshot();
+  const FolderLock lock(dir / "study", "works on");
+  expect_refusal(sweep(), 1, {"another process works on", "study"});
   expect_unchanged(before);
 }
 

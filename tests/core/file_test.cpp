@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <optional>
 
-#include "core/error.h"
+#include "tests/expect_error.h"
+#include "tests/temp_dir.h"
 
 namespace entrain {
 namespace {
@@ -33,6 +35,17 @@ TEST(File, NamesWhatCannotBeReadOrWritten) {
   EXPECT_EQ(message([] { read_file("/usr"); }), "cannot read /usr: it is a folder");
   EXPECT_EQ(message([] { replace_file("/no/such/file", ""); }),
             "cannot write /no/such/file.partial: No such file or directory");
+}
+
+TEST(File, AFolderIsLockedWhileTheLockLives) {
+  const TempDir dir;
+  const std::string folder = dir / "made/on the way";
+  std::optional<FolderLock> lock;
+  lock.emplace(folder, "trains in");
+  EXPECT_ERROR(FolderLock(folder, "trains in"), "another process trains in " + folder);
+  lock.reset();
+  FolderLock(folder, "trains in");
+  EXPECT_TRUE(std::filesystem::is_empty(folder));
 }
 
 }  // namespace
