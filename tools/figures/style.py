@@ -32,10 +32,11 @@ def nth(index):
             "marker": MARKERS[index % len(MARKERS)]}
 
 
-def method_look(method):
-    """Known methods look the same in every figure; others share what is left."""
+def method_look(method, methods):
+    """Known methods look the same in every figure; others follow in their order among `methods`,
+    those of the study."""
     known = [name for name in NAMES if name != "full"]
-    return nth(known.index(method) if method in known else len(known))
+    return nth([*known, *(name for name in methods if name not in known)].index(method))
 
 
 def new_figure(study, title, rows=1, columns=1, size=(6.4, 4.4)):

@@ -55,7 +55,7 @@ def draw_points(axes, study, x):
     for method in study.methods:
         # From dense to sparse, as the study has them: measured times need not fall with what is read.
         settings = [s for s in study.of(method) if has_point(s, x)]
-        look = method_look(method)
+        look = method_look(method, study.methods)
         axes.plot([s.mean(x) for s in settings], [s.mean("perplexity") for s in settings],
                   label=method_name(method), **look)
         for setting in settings:
