@@ -22,7 +22,7 @@ COLUMNS = [
            "over all layers, heads and queries of the validation text; sparsity is 1 - density"),
     Column("router density", "router_density", 3, "entries that the method read to choose "
            "(summaries, pooled windows), over the same denominator"),
-    Column("active blocks", "active_blocks", 1, "blocks a query read; full attention has none",
+    Column("active blocks", "active_blocks", 1, "blocks a query read; full attention chooses none",
            sparse=True),
     Column("perplexity", "perplexity", 3, "exp of the mean loss a token on the validation text, in "
            "brackets the smallest and largest over the seeds; smaller is better", spread=True),
