@@ -227,6 +227,38 @@ TEST_F(Sweep, WritesResultsThatExplainThemselves) {
   EXPECT_FALSE(std::getline(csv, row));
 }
 
+TEST_F(Sweep, IsDrawnAndReported) {
+  if (run("/usr/bin/python3 -c 'import h5py, matplotlib'").code != 0) {
+    GTEST_SKIP() << "/usr/bin/python3 lacks h5py or matplotlib";
+  }
+  complete();
+  const auto tool = [&](const std::string& arguments) {
+    const Ended ended = run("PYTHONDONTWRITEBYTECODE=1 exec " TOOLS "/" + arguments);
+    EXPECT_EQ(ended.code, 0) << ended.err << ended.out;
+    return ended.out;
+  };
+  const auto expect_part = [](const std::string& text, const std::string& part) {
+    EXPECT_NE(text.find(part), std::string::npos) << text.substr(0, 4000) << "\nlacks: " << part;
+  };
+  const std::string plotted = tool("plot " + dir / "study");
+  tool("report " + dir / "study");
+  const std::string report = read_file(dir / "study/report.html");
+  for (const char* setting :
+       {"before: full attention", "full attention", "DashAttention, target_density 0.5",
+        "DashAttention, target_density 0.4"}) {
+    expect_part(plotted, fmt::format("\n{} ", setting));
+    expect_part(report, fmt::format("<th scope=\"row\">{}</th>", setting));
+  }
+  EXPECT_EQ(plotted.find("no figure"), std::string::npos) << plotted;
+  EXPECT_GT(std::filesystem::file_size(dir / "study/figures/sparsity.png"), 0u);
+  expect_part(report, "<figure id=\"sparsity\">");
+
+  // One of its runs alone, which has no results.h5.
+  const std::string alone = tool("plot " + folder("dash-target_density0.5-seed1"));
+  expect_part(alone, "attention ms");
+  expect_part(alone, "\nDashAttention ");
+}
+
 TEST_F(Sweep, ChangesNothingWhenAllIsDone) {
   complete();
   const auto before = snapshot();

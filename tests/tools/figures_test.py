@@ -17,8 +17,12 @@ TOOLS = HERE.parents[1] / "tools"
 sys.path[:0] = [str(HERE), str(TOOLS)]
 
 from figures.area import areas, describe_areas
+from figures.load import load
 from figures.study import Run, Study
-from study_file import add_run, write_run, write_study
+from figures.style import NAMES, balanced, method_look
+from figures.table import table
+from figures.tradeoff import draw_time
+from study_file import add_run, numbers, write_run, write_study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ALL = {"sparsity", "time", "training", "heads", "position", "routing"}
@@ -109,6 +113,36 @@ class Studies(InFolder):
                     group.attrs["method"] = "newcomer"
         self.assertIn("\nnewcomer, topk 4 ", self.succeed("plot", self.folder))
 
+    def test_no_two_methods_look_the_same(self):
+        methods = ["mine", "nsa", "other"]
+        looks = [method_look(method, methods) for method in [*NAMES, *methods] if method != "full"]
+        self.assertEqual(len({str(look) for look in looks}), 5)  # nsa twice
+        self.assertEqual(method_look("nsa", methods), method_look("nsa", []))
+
+    def test_titles_break_after_commas_into_lines_alike(self):
+        for text, lines in {
+                "docs, sequences of 1024 tokens, 4 layers, 40 steps, seed 1":
+                    ["docs, sequences of 1024 tokens,", "4 layers, 40 steps, seed 1"],
+                "seed 1, a-part-that-no-line-of-half-the-length-holds":
+                    ["seed 1,", "a-part-that-no-line-of-half-the-length-holds"]}.items():
+            self.assertEqual([line.replace("\N{NO-BREAK SPACE}", " ")
+                              for line in balanced(text, 50)], lines)
+
+    def test_blocks_are_counted_where_they_are_chosen(self):
+        write_study(self.results).close()
+        columns, rows = table(load([self.folder]))
+        at = [column.heading for column in columns].index("active blocks")
+        for name, _, cells in rows:
+            self.assertEqual(cells[at] == "", name.endswith("full attention"), name)
+
+    def test_curves_over_time_go_from_dense_to_sparse(self):
+        with write_study(self.results, seeds=(1,)) as file:
+            for setting, time in enumerate((20.0, 30.0, 10.0)):
+                file[f"runs/nsa-{setting}-seed1"].attrs["attention_ms"] = time
+        axes = draw_time(load([self.folder])).axes[0]
+        curve = next(line for line in axes.get_lines() if line.get_label() == "NSA")
+        self.assertEqual(list(curve.get_xdata()), [20.0, 30.0, 10.0])
+
     def test_missing_and_diverged_runs_are_said(self):
         with write_study(self.results) as file:
             del file["runs/nsa-1-seed2"]
@@ -158,11 +192,29 @@ class Runs(InFolder):
                    write_run(self.folder / "quarter", "dash", 1, start="runs/start"),
                    write_run(self.folder / "going", "nsa", evaluated=False, start="runs/start")]
         out = self.succeed("plot", *folders, "--out", self.folder / "figures")
-        self.assert_figures(self.folder / "figures", ALL - {"time", "routing"})
+        self.assert_figures(self.folder / "figures", ALL - {"routing"})
         for name in ("before: full attention", "full attention", "DashAttention, target_density 0.5"):
             self.assertIn(f"\n{name} ", out)
         self.assertNotIn("\nNSA ", out)  # not evaluated
         self.assertRegex(out, r"\nDashAttention: 0\.00")
+
+    def test_a_run_of_a_sweep_is_read_as_one_evaluated_apart(self):
+        run = write_run(self.folder / "run", "dash")
+        expected = self.succeed("plot", run)
+        evaluation = run / "eval.json"
+        (run / "result.json").write_text(f'{{"method": "dash", "eval": {evaluation.read_text()}}}')
+        evaluation.unlink()
+        self.assertEqual(self.succeed("plot", run), expected)
+        self.assertIn("\nDashAttention ", expected)
+        (run / "result.json").write_text("{}")
+        self.refuse("result.json is no result of `entrain sweep`: it lacks 'eval'", run)
+
+    def test_attention_time_is_that_of_a_sequence_on_its_rank(self):
+        run = write_run(self.folder / "run", "dash")
+        measured = numbers("dash", 0, 1)[0]["attention_ms"]
+        self.assertAlmostEqual(load([run]).runs[0].values["attention_ms"], measured)
+        shutil.rmtree(run / "checkpoints")  # which know the number of ranks
+        self.assertNotIn("attention_ms", load([run]).runs[0].values)
 
     def test_runs_that_set_the_same_go_by_their_names(self):
         folders = [write_run(self.folder / name, "dash") for name in ("one", "two")]

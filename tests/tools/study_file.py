@@ -22,6 +22,7 @@ attention:
   method: {method}
 train:
   steps: 400
+  global_batch: 8
   seed: {seed}
   init_from: "{start}"
 """
@@ -109,13 +110,15 @@ def write_run(folder, method, setting=0, seed=1, evaluated=True, start=""):
                 for key, value in SETTINGS[method][setting].items()))
     training = zip(*(datasets[f"training/{key}"] for key in ("step", "loss", "density")))
     lines = [json.dumps({"step": int(step), "loss": loss, "density": density,
-                         "tokens_per_second": 5000.0}) for step, loss, density in training]
-    lines.insert(7, lines[6])  # repeated by a resume
+                         "tokens_per_second": 5000.0,
+                         "attention_seconds": attributes["attention_ms"] / 1000 * 8 / 2})
+             for step, loss, density in training]
     lines.append(json.dumps({"step": STEPS, "eval_loss": 3.0}))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4')
     (folder / "checkpoints").mkdir()
     with h5py.File(folder / "checkpoints" / "step_00000400.h5", "w") as checkpoint:
         checkpoint.attrs["code_version"] = numpy.bytes_("0.1 (def)")
+        checkpoint.attrs["ranks"] = 2
     if evaluated:
         kept = ("loss", "perplexity", "density", "router_density", "active_blocks")
         layers = [[{"density": d} for d in heads] for heads in datasets["eval/density"]]

@@ -1,7 +1,7 @@
 """A method's curve as one number.
 
 The curve is the logarithm of the validation perplexity (the loss in nats a token) over x, sparsity
-or attention time, straight between the settings of a seed. The number is the area between it and the
+or attention time, straight between the settings of a seed in the order of x. The number is the area between it and the
 loss of full attention with the same seed (the mean, where that seed lacks it), over the range of x
 that all curves of all methods share: smaller is better, 0 is full attention. Divided by the width of
 the range it is the mean excess loss at equal x.

@@ -108,24 +108,29 @@ def load_runs(folders):
 def folder_run(folder):
     config = (folder / "config.yaml").read_text()
     keys = config_values(config)
-    steps = {}  # a resumed run repeats the steps after its checkpoint: the last word counts
     lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a torn line has no newline
-    for line in map(json.loads, lines):
-        if "loss" in line:
-            steps[line["step"]] = line
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
     if not steps:
         raise ValueError("metrics.jsonl has no training step")
-    values = {"train_tokens_per_second":
-              statistics.median(line["tokens_per_second"] for line in steps.values())}
-    tables = {f"training/{key}": numpy.array([line[key] for line in steps.values()], float)
-              for key in ("step", "loss", "density")}
-    evaluation = folder / "eval.json"
+    tables = {f"training/{key}": column(steps, key) for key in ("step", "loss", "density")}
+    values = {"train_tokens_per_second": statistics.median(column(steps, "tokens_per_second"))}
+    version, ranks = newest_checkpoint(folder)
+    if ranks:  # they work side by side, each on its share of the step's sequences
+        values["attention_ms"] = 1000 * statistics.median(column(steps, "attention_seconds")) * \
+            ranks / int(keys["train.global_batch"])
+    evaluation, result = folder / "eval.json", folder / "result.json"
     if evaluation.exists():
         with explained(evaluation, "is no output of `entrain eval --json`"):
             add_evaluation(json.loads(evaluation.read_text()), values, tables)
-            check_shapes("the evaluation", tables)
+    elif result.exists():
+        with explained(result, "is no result of `entrain sweep`"):
+            add_evaluation(json.loads(result.read_text())["eval"], values, tables)
     return Run(folder.resolve().name, keys.get("attention.method", "full"), "compared",
-               int(keys.get("train.seed", 0)), {}, config, code_version(folder), values, tables)
+               int(keys.get("train.seed", 0)), {}, config, version, values, tables)
+
+
+def column(steps, key):
+    return numpy.array([line[key] for line in steps], float)
 
 
 def add_evaluation(evaluation, values, tables):
@@ -143,12 +148,13 @@ def add_evaluation(evaluation, values, tables):
         tables["eval/loss_by_position"] = rows("loss_by_position")
     if "routing" in evaluation:
         tables["eval/routing"] = rows("routing")
+    check_shapes("the evaluation", tables)
 
 
-def code_version(folder):
-    """What trained the run: its newest checkpoint knows."""
+def newest_checkpoint(folder):
+    """(code version, ranks) of what trained the run; ("", 0) without a checkpoint."""
     checkpoints = sorted(folder.glob("checkpoints/step_*.h5"))
     if not checkpoints:
-        return ""
+        return "", 0
     with h5py.File(checkpoints[-1], "r") as file:
-        return text(file.attrs["code_version"])
+        return text(file.attrs["code_version"]), int(file.attrs["ranks"])

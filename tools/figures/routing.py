@@ -41,5 +41,5 @@ def draw_entropies(axes, tables):
                 color="black", linestyle=":")
     draw_spread(axes, at, tables[:, :, 4], label="softmax of the same scores", color=COLORS[1],
                 linestyle="--", marker="s")
-    draw_spread(axes, at, tables[:, :, 3], label="entmax, the router", color=COLORS[0],
+    draw_spread(axes, at, tables[:, :, 3], label="the router", color=COLORS[0],
                 linestyle="-", marker="o")

@@ -1,5 +1,6 @@
 """How figures look: told apart without colour, colours of Okabe and Ito that colour-blind eyes
 separate, the same for a method everywhere; and how they are saved."""
+import functools
 import io
 import textwrap
 
@@ -32,19 +33,29 @@ def nth(index):
             "marker": MARKERS[index % len(MARKERS)]}
 
 
-def method_look(method):
-    """Known methods look the same in every figure; others share what is left."""
+def method_look(method, methods):
+    """Known methods look the same in every figure; others follow in their order among `methods`,
+    those of the study."""
     known = [name for name in NAMES if name != "full"]
-    return nth(known.index(method) if method in known else len(known))
+    return nth([*known, *(name for name in methods if name not in known)].index(method))
 
 
 def new_figure(study, title, rows=1, columns=1, size=(6.4, 4.4)):
     """A figure and its axes [rows, columns]. The title says what a reader without the text needs."""
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     width = int(size[0] * 13)
-    lines = textwrap.wrap(f"{title}: {study.name}", width) + textwrap.wrap(study.describe(), width)
+    lines = textwrap.wrap(f"{title}: {study.name}", width) + balanced(study.describe(), width)
     figure.suptitle("\n".join(lines), fontsize=10)
     return figure, axes
+
+
+def balanced(text, width):
+    """Lines of much the same length, as few as the width allows, broken after commas alone."""
+    space = "\N{NO-BREAK SPACE}"
+    text = text.replace(" ", space).replace("," + space, ", ")
+    wrap = functools.partial(textwrap.wrap, text, break_long_words=False, break_on_hyphens=False)
+    count = len(wrap(width))
+    return wrap(next(w for w in range(1, width + 1) if len(wrap(w)) == count))
 
 
 def foot_note(figure, lines):

@@ -14,6 +14,7 @@ class Column:
     meaning: str
     unit: float = 1  # what a value is divided by
     spread: bool = False  # with the smallest and largest over the seeds
+    sparse: bool = False  # left blank for full attention, where it has another unit
 
 
 COLUMNS = [
@@ -21,7 +22,8 @@ COLUMNS = [
            "over all layers, heads and queries of the validation text; sparsity is 1 - density"),
     Column("router density", "router_density", 3, "entries that the method read to choose "
            "(summaries, pooled windows), over the same denominator"),
-    Column("active blocks", "active_blocks", 1, "blocks a query read"),
+    Column("active blocks", "active_blocks", 1, "blocks a query read; full attention chooses none",
+           sparse=True),
     Column("perplexity", "perplexity", 3, "exp of the mean loss a token on the validation text, in "
            "brackets the smallest and largest over the seeds; smaller is better", spread=True),
     Column("loss", "loss", 4, "the same as nats a token"),
@@ -41,12 +43,17 @@ COLUMNS = [
 def table(study):
     """(the columns that anything was measured for, [(name, seeds, cells)])."""
     settings = [s for s in study.all_settings if any("loss" in run.values for run in s.runs)]
-    columns = [c for c in COLUMNS if any(c.value in run.values for s in settings for run in s.runs)]
+    columns = [c for c in COLUMNS if any(measured(s, c) for s in settings)]
     return columns, [(title(s), len(s.seeds), [cell(s, c) for c in columns]) for s in settings]
 
 
+def measured(setting, column):
+    return not (column.sparse and setting.method == "full") and \
+        any(column.value in run.values for run in setting.runs)
+
+
 def cell(setting, column):
-    if not any(column.value in run.values for run in setting.runs):
+    if not measured(setting, column):
         return ""
     values = setting.values(column.value) / column.unit
     text = f"{values.mean():.{column.digits}f}"

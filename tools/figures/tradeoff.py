@@ -27,7 +27,11 @@ def draw_time(study):
         draw_bars(axes, study.full, "attention_ms", "black")
     axes.set_xlim(left=0)
     axes.set_xlabel("time in attention, forward and backward (ms a sequence)")
-    foot_note(figure, notes(study, "time"))
+    # Of runs put side by side it is not known what ran beside them.
+    alone = ", runs one after another" if study.protocol else ""
+    taken = ("Time: median over the training steps, forward plus backward of one sequence on one "
+             f"rank{alone}. Curves join the settings from dense to sparse.")
+    foot_note(figure, [taken] + notes(study, "time"))
     return figure
 
 
@@ -49,9 +53,9 @@ def draw_points(axes, study, x):
         axes.axhline(level.mean(), label=method_name("full"), **FULL)
         axes.axhspan(level.min(), level.max(), color="0.85", zorder=0)
     for method in study.methods:
+        # From dense to sparse, as the study has them: measured times need not fall with what is read.
         settings = [s for s in study.of(method) if has_point(s, x)]
-        settings.sort(key=lambda s: s.mean(x))
-        look = method_look(method)
+        look = method_look(method, study.methods)
         axes.plot([s.mean(x) for s in settings], [s.mean("perplexity") for s in settings],
                   label=method_name(method), **look)
         for setting in settings:
