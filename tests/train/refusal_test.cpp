@@ -59,6 +59,15 @@ TEST_F(Refusal, RanksWithDifferentConfigurations) {
   EXPECT_FALSE(std::filesystem::exists(dir / "run"));
 }
 
+TEST_F(Refusal, RanksOfWhichSomeResume) {
+  const std::string line =
+      fmt::format("-np 1 {} : -np 2 {}", train_line("run"), train_line("run", "--resume"));
+  expect_refusal(run(environment() + "exec " MPIEXEC " " + line), 1,
+                 {"rank 1 has another command line than rank 0: '--resume' instead of "
+                  "'no --resume'"});
+  EXPECT_FALSE(std::filesystem::exists(dir / "run"));
+}
+
 class Failure : public TinyRun {
  protected:
   void expect_intact(int64_t step) {
