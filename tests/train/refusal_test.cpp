@@ -91,6 +91,15 @@ TEST_F(Failure, AnOverflowNamesStepAndOpAndKeepsTheLastCheckpoint) {
   }
 }
 
+TEST_F(Failure, AnOverflowBeforeAnyCheckpointStartsAnew) {
+  const std::string overflow = "train.lr=1.0e+30 train.clip=0 train.schedule=constant ";
+  expect_refusal(run(alone(train_line("run", overflow + "checkpoint.every=0"))), 1,
+                 {"step 2: ", "--resume, which starts anew where there is no checkpoint"});
+  EXPECT_EQ(files_in(dir / "run/checkpoints"), std::vector<std::string>{});
+  train("run", "train.steps=2 --resume");
+  EXPECT_EQ(read_steps(dir / "run").size(), 2u);
+}
+
 /// A copy of a checkpoint with one weight made infinite, its checksums in order.
 void write_infinity(const std::string& from, const std::string& parameter, const std::string& to) {
   const CheckpointInfo info = read_info(from);
