@@ -193,6 +193,8 @@ TEST_F(BadInput, Tensors) {
   expect_refused("entmax", "no input in/length");
   entmax(pool_.random({2, 5, 1}), lengths({1, 2})).close();
   expect_refused("entmax", "2 dimensions are needed");
+  entmax(pool_.make({0, 5}, DType::f32), lengths({})).close();
+  expect_refused("entmax", "case/in/z is empty, with shape [0, 5]");
   entmax(pool_.random({2, 5}), lengths({1, 6})).close();
   expect_refused("entmax", "length 6 of row 1 is not in [0, 5]");
   entmax(pool_.random({2, 5}), lengths({-1, 5})).close();
@@ -216,6 +218,12 @@ TEST_F(BadInput, Parameters) {
   sigma.set("case", "sigma", 0.0);
   sigma.close();
   expect_refused("dash", "sigma");
+  for (const double value : {NAN, INFINITY}) {
+    h5::File gamma = dash(2);
+    gamma.set("case", "gamma", value);
+    gamma.close();
+    expect_refused("dash", fmt::format("case case: gamma is {}, not a finite number", value));
+  }
   h5::File eps = dash(2);
   eps.set("case", "prior_eps", -1.0);
   eps.close();
