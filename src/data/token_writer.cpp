@@ -94,6 +94,7 @@ std::string partial(const std::string& path) {
 
 void write_bytes(h5::File& out, const std::string& dataset, std::string bytes, h5::Pack pack) {
   out.write(dataset, Tensor::of(bytes.data(), {std::ssize(bytes)}, DType::u8), pack);
+  out.set(dataset, "crc32", int64_t{checksum(0, bytes.data(), bytes.size())});
 }
 
 }  // namespace
@@ -131,9 +132,6 @@ void TokenWriter::finish(const Description& description) {
   out.set("", "tokenizer", description.tokenizer);
   out.set("", "provenance", description.provenance);
   write_bytes(out, "tokenizer_model", description.tokenizer_model, h5::Pack::none);
-  out.set(
-      "tokenizer_model", "crc32",
-      int64_t{checksum(0, description.tokenizer_model.data(), description.tokenizer_model.size())});
   write_bytes(out, "manifest", description.manifest, h5::Pack::gzip);
   for (Split split : {Split::train, Split::validation}) {
     auto& [tokens, offsets, answers] = *splits_[static_cast<size_t>(split)];
