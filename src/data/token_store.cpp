@@ -157,7 +157,7 @@ struct TokenStore::Mapped {
 TokenStore::TokenStore(const std::string& path, bool verify_contents)
     : mapped_(std::make_unique<Mapped>(path)) {
   Mapped& m = *mapped_;
-  require(m.file.has_attribute("", "format") && m.file.text("", "format") == token_store_format,
+  require(is_token_store(m.file),
           "{}: not a token store of this version; make one with `entrain tokenize`", path);
   const int64_t vocab = m.file.integer("", "vocab_size");
   require(vocab > 0 && vocab <= INT32_MAX, "{}: impossible vocab_size {}", path, vocab);

@@ -97,10 +97,20 @@ void write_bytes(h5::File& out, const std::string& dataset, std::string bytes, h
   out.set(dataset, "crc32", int64_t{checksum(0, bytes.data(), bytes.size())});
 }
 
+bool holds_token_store(const std::string& path) {
+  try {
+    return is_token_store(h5::File::open(path));
+  } catch (const Error&) {  // not even HDF5
+    return false;
+  }
+}
+
 }  // namespace
 
 TokenWriter::TokenWriter(const std::string& path, int vocab) : path_(path), vocab_(vocab) {
-  require(!std::filesystem::is_directory(path), "{}: is a folder; name a file to write", path);
+  require_replaceable(path);
+  require(!std::filesystem::exists(path) || holds_token_store(path),
+          "{}: exists and is no token store; choose another --out, or remove it", path);
   for (auto& split : splits_)
     split.reset(
         new SplitSpools{{path, token_dtype(vocab)}, {path, DType::u64}, {path, DType::u64}});

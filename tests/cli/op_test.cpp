@@ -184,6 +184,12 @@ TEST_F(BadInput, UnwritableOutput) {
     EXPECT_EQ(std::ranges::count(r.err, '\n'), 1) << r.err;
   }
   EXPECT_EQ(h5::File::open(in_).datasets("case/in").size(), 2);
+  std::filesystem::create_symlink(dir_ / "elsewhere", dir_ / "link");
+  const Ended r = run_entrain(fmt::format("op entmax --in {} --out {}", in_, dir_ / "link"));
+  EXPECT_EQ(r.code, 1);
+  EXPECT_NE(r.err.find((dir_ / "link") + ": exists and is no ordinary file"), std::string::npos)
+      << r.err;
+  EXPECT_TRUE(std::filesystem::is_symlink(dir_ / "link"));
 }
 
 TEST_F(BadInput, Tensors) {

@@ -240,6 +240,24 @@ TEST(TokenWriter, RefusesIdsBeyondTheVocabulary) {
   EXPECT_ERROR(writer.add(Split::train, range(9, 11)), "beyond the vocabulary");
 }
 
+TEST(TokenWriter, ReplacesNothingButTokenStores) {
+  TempDir dir;
+  const std::string refusal = ": exists and is no token store; choose another --out, or remove it";
+  write_file(dir / "text", "abc\n");
+  EXPECT_ERROR(TokenWriter(dir / "text", 10), (dir / "text") + refusal);
+  write_file(dir / "empty", "");
+  EXPECT_ERROR(TokenWriter(dir / "empty", 10), (dir / "empty") + refusal);
+  h5::File::create(dir / "other.h5").close();
+  EXPECT_ERROR(TokenWriter(dir / "other.h5", 10), (dir / "other.h5") + refusal);
+  write_store(dir / "a.h5");
+  std::filesystem::create_symlink(dir / "a.h5", dir / "link");
+  EXPECT_ERROR(TokenWriter(dir / "link", 10), (dir / "link") + ": exists and is no ordinary file");
+  EXPECT_EQ(read_file(dir / "text"), "abc\n");
+  EXPECT_TRUE(std::filesystem::is_symlink(dir / "link"));
+  EXPECT_NO_THROW(write_store(dir / "a.h5", 400));
+  EXPECT_EQ(TokenStore(dir / "a.h5").vocab(), 400);
+}
+
 TEST(TokenWriter, LeavesNothingBehindUnlessFinished) {
   TempDir dir;
   EXPECT_ERROR(TokenWriter(dir / "no/a.h5", 10), "No such file");
