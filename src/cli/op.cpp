@@ -7,6 +7,7 @@
 #include <map>
 
 #include "cli/commands.h"
+#include "core/file.h"
 
 namespace entrain::cli {
 namespace {
@@ -23,6 +24,7 @@ void run(const Options& options) {
   require(!std::filesystem::exists(options.out) ||
               !std::filesystem::equivalent(options.in, options.out),
           "--in and --out are the same file {}", options.in);
+  require_replaceable(options.out);
   const h5::File in = h5::File::open(options.in);
   const std::string partial = options.out + ".partial";
   const std::vector<std::string> groups = in.groups();

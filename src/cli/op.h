@@ -1,5 +1,6 @@
 #pragma once
 // What the operations of `entrain op` share: a case of a file, and their names.
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -25,16 +26,19 @@ class Case {
     const std::string path = group_ + "/in/" + name;
     require(in_.has(path), "{}: case {} has no input in/{}", in_.path(), group_, name);
     const Shape shape = in_.shape(path);
-    require(shape.rank == rank && (shape.numel() > 0 || may_be_empty),
-            "{}: {} has shape {}; {} dimensions are needed", in_.path(), path, shape.to_string(),
-            rank);
+    require(shape.rank == rank, "{}: {} has shape {}; {} dimensions are needed", in_.path(), path,
+            shape.to_string(), rank);
+    require(shape.numel() > 0 || may_be_empty, "{}: {} is empty, with shape {}", in_.path(), path,
+            shape.to_string());
     const Tensor t = make(shape, dtype);
     in_.read(path, t);
     return t;
   }
 
   double parameter(const std::string& name, double otherwise) const {
-    return in_.has_attribute(group_, name) ? in_.number(group_, name) : otherwise;
+    const double value = in_.has_attribute(group_, name) ? in_.number(group_, name) : otherwise;
+    require(std::isfinite(value), "{}: {} is {}, not a finite number", where(), name, value);
+    return value;
   }
   int64_t required(const std::string& name) const {
     require(in_.has_attribute(group_, name), "{}: case {} has no attribute {}", in_.path(), group_,

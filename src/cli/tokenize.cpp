@@ -5,14 +5,13 @@
 
 #include <charconv>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
 #include "cli/progress.h"
 #include "core/error.h"
+#include "core/file.h"
 #include "core/rng.h"
 #include "data/corpus.h"
 #include "data/tokenizer.h"
@@ -24,13 +23,6 @@ namespace {
 constexpr size_t sample_segment = 4096;
 constexpr size_t sample_segments = 1024;         // 4 MiB: more hardly changes a vocabulary
 constexpr size_t batch_bytes = size_t{1} << 20;  // a thread
-
-std::string read_whole(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::string text{std::istreambuf_iterator<char>(in), {}};
-  require(in.good() || in.eof(), "{}: cannot read", path);
-  return text;
-}
 
 bool trains(const TokenizeOptions& o) {
   return o.tokenizer.starts_with("bpe:");
@@ -74,7 +66,7 @@ Tokenizer make_tokenizer(const TokenizeOptions& o, Corpus& corpus) {
   const std::string path = name.starts_with("spm:") ? name.substr(4) : name;
   require(std::filesystem::is_regular_file(path),
           "--tokenizer {}: expected bytes, bpe:VOCAB or the path of a SentencePiece model", name);
-  return Tokenizer("spm:" + std::filesystem::path(path).filename().string(), read_whole(path));
+  return Tokenizer("spm:" + std::filesystem::path(path).filename().string(), read_file(path));
 }
 
 /// Encodes batches of documents in parallel and writes them in their order.
@@ -118,7 +110,7 @@ std::string provenance(const TokenizeOptions& o, const Corpus& corpus,
 nlohmann::json read_source(const std::string& path) {
   if (path.empty()) return nullptr;
   require(std::filesystem::is_regular_file(path), "--provenance {}: no such file", path);
-  auto source = nlohmann::json::parse(read_whole(path), nullptr, false);
+  auto source = nlohmann::json::parse(read_file(path), nullptr, false);
   require(!source.is_discarded(), "--provenance {}: not JSON", path);
   return source;
 }

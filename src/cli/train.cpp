@@ -21,6 +21,9 @@ void run(const Options& options) {
   RunConfig config;
   together(*comm, [&] { config = load_config(options.config, options.overrides); });
   together(*comm, [&] { require_same(*comm, "configuration", to_yaml(config)); });
+  together(*comm, [&] {
+    require_same(*comm, "command line", options.resume ? "--resume" : "no --resume");
+  });
   Console console(stdout, config.train.log_every);
   const RunEnd end = train(config, options.resume, *comm, console);
   comm.reset();

@@ -73,6 +73,15 @@ FolderLock::~FolderLock() {
   ::close(descriptor_);
 }
 
+void require_replaceable(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code unknown;  // then writing fails and says why
+  const fs::file_status status = fs::symlink_status(path, unknown);
+  require(!fs::is_directory(status), "{}: is a folder; name a file to write", path);
+  require(!fs::exists(status) || fs::is_regular_file(status),
+          "{}: exists and is no ordinary file; choose another name to write, or remove it", path);
+}
+
 void sync_folder(const std::string& path) {
   const std::string folder = std::filesystem::absolute(path).parent_path().string();
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -27,6 +27,10 @@ class FolderLock {
   int descriptor_;
 };
 
+/// Before work whose result is renamed to `path`: throws Error where that would replace a folder, a
+/// link, a device or a pipe.
+void require_replaceable(const std::string& path);
+
 /// Makes a rename to `path` survive a power cut, where the file system can. Throws Error when the
 /// disk fails.
 void sync_folder(const std::string& path);

@@ -6,6 +6,7 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -56,7 +57,16 @@ int keep_standard_input() {
 // JSON is UTF-8 and its parser refuses other bytes. to_ascii() hides them, raw and inside strings,
 // as three characters that every parser passes on: DEL and the two halves of the byte. A DEL of the
 // text, written as such or \u007f, becomes two, so that to_bytes() can tell what the parser read.
+// Half a surrogate pair, which is no character but which other writers let through, becomes U+FFFD.
 constexpr char mark = '\x7f';
+constexpr std::string_view first_half = "89abAB", second_half = "cdefCDEF";
+
+/// Whether text starts with the escape of a half of a pair; digits: what that half has after \ud.
+bool escapes_half(std::string_view text, std::string_view digits) {
+  const auto hex = [](char c) { return std::isxdigit(static_cast<unsigned char>(c)) != 0; };
+  return text.size() >= 6 && (text.starts_with("\\ud") || text.starts_with("\\uD")) &&
+         digits.find(text[3]) != digits.npos && hex(text[4]) && hex(text[5]);
+}
 
 std::string to_ascii(std::string_view line) {
   std::string out;
@@ -68,6 +78,11 @@ std::string to_ascii(std::string_view line) {
     } else if (escape == "\\u007f" || escape == "\\u007F") {
       out += {mark, mark};
       i += 5;
+    } else if (const bool first = escapes_half(escape, first_half);
+               first || escapes_half(escape, second_half)) {
+      const bool pair = first && escapes_half(line.substr(i + 6), second_half);
+      out += pair ? line.substr(i, 12) : "\\ufffd";
+      i += pair ? 11 : 5;
     } else {
       out += line[i];
       if (line[i] == mark) out += mark;

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/tensor.h"
+#include "core/h5.h"
 
 namespace entrain {
 
@@ -13,6 +13,10 @@ inline constexpr const char* token_store_format = "entrain token store 1";
 
 inline DType token_dtype(int vocab) {
   return vocab <= 65536 ? DType::u16 : DType::u32;
+}
+
+inline bool is_token_store(const h5::File& file) {
+  return file.has_attribute("", "format") && file.text("", "format") == token_store_format;
 }
 
 inline uint32_t checksum(uint32_t so_far, const void* data, size_t bytes) {

@@ -98,6 +98,15 @@ void verify(const Column& column, const std::string& path, const std::string& na
           path, name);
 }
 
+/// Read through HDF5, which packed it.
+void verify_manifest(const h5::File& file) {
+  const std::vector<std::byte> manifest = file.read("manifest").bytes;
+  if (!file.has_attribute("manifest", "crc32")) return;  // of an older store
+  verify({manifest.data(), std::ssize(manifest), DType::u8,
+          static_cast<uint32_t>(file.integer("manifest", "crc32"))},
+         file.path(), "manifest");
+}
+
 /// Each answer after the one before it, the first with a token before it to be predicted from.
 void require_answers(const Column& answers, int64_t tokens, const std::string& path,
                      const std::string& name) {
@@ -148,7 +157,7 @@ struct TokenStore::Mapped {
 TokenStore::TokenStore(const std::string& path, bool verify_contents)
     : mapped_(std::make_unique<Mapped>(path)) {
   Mapped& m = *mapped_;
-  require(m.file.has_attribute("", "format") && m.file.text("", "format") == token_store_format,
+  require(is_token_store(m.file),
           "{}: not a token store of this version; make one with `entrain tokenize`", path);
   const int64_t vocab = m.file.integer("", "vocab_size");
   require(vocab > 0 && vocab <= INT32_MAX, "{}: impossible vocab_size {}", path, vocab);
@@ -158,6 +167,7 @@ TokenStore::TokenStore(const std::string& path, bool verify_contents)
   verify(model, path, "tokenizer_model");
   m.model.assign(reinterpret_cast<const char*>(model.data), static_cast<size_t>(model.count));
   m.fingerprint = fmt::format("{}-{:08x}", vocab, model.crc);
+  if (verify_contents) verify_manifest(m.file);
 
   for (Split split : {Split::train, Split::validation}) {
     const auto s = static_cast<size_t>(split);

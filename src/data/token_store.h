@@ -7,8 +7,9 @@
 //                            `entrain eval` judges; absent where there are none
 //   /tokenizer_model         u8, the serialized SentencePiece model; empty for bytes
 //   /manifest                u8, text: checksum, size and path of each file read, one a line
-// Attributes of the root: format, vocab_size, tokenizer, provenance (JSON). Every dataset but the
-// manifest carries crc32, its contents' checksum; HDF5 itself checks the manifest and the metadata.
+// Attributes of the root: format, vocab_size, tokenizer, provenance (JSON). Every dataset carries
+// crc32, its contents' checksum, only the manifest of older stores none; HDF5 itself checks the
+// metadata.
 #include <cstdint>
 #include <memory>
 #include <string>

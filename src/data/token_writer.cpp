@@ -94,12 +94,23 @@ std::string partial(const std::string& path) {
 
 void write_bytes(h5::File& out, const std::string& dataset, std::string bytes, h5::Pack pack) {
   out.write(dataset, Tensor::of(bytes.data(), {std::ssize(bytes)}, DType::u8), pack);
+  out.set(dataset, "crc32", int64_t{checksum(0, bytes.data(), bytes.size())});
+}
+
+bool holds_token_store(const std::string& path) {
+  try {
+    return is_token_store(h5::File::open(path));
+  } catch (const Error&) {  // not even HDF5
+    return false;
+  }
 }
 
 }  // namespace
 
 TokenWriter::TokenWriter(const std::string& path, int vocab) : path_(path), vocab_(vocab) {
-  require(!std::filesystem::is_directory(path), "{}: is a folder; name a file to write", path);
+  require_replaceable(path);
+  require(!std::filesystem::exists(path) || holds_token_store(path),
+          "{}: exists and is no token store; choose another --out, or remove it", path);
   for (auto& split : splits_)
     split.reset(
         new SplitSpools{{path, token_dtype(vocab)}, {path, DType::u64}, {path, DType::u64}});
@@ -131,9 +142,6 @@ void TokenWriter::finish(const Description& description) {
   out.set("", "tokenizer", description.tokenizer);
   out.set("", "provenance", description.provenance);
   write_bytes(out, "tokenizer_model", description.tokenizer_model, h5::Pack::none);
-  out.set(
-      "tokenizer_model", "crc32",
-      int64_t{checksum(0, description.tokenizer_model.data(), description.tokenizer_model.size())});
   write_bytes(out, "manifest", description.manifest, h5::Pack::gzip);
   for (Split split : {Split::train, Split::validation}) {
     auto& [tokens, offsets, answers] = *splits_[static_cast<size_t>(split)];

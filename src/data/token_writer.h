@@ -14,7 +14,8 @@ namespace entrain {
 /// it knows the length of. The store appears under its name when finish() returns, and not before.
 class TokenWriter {
  public:
-  /// Throws Error when the folder of the output cannot be written to.
+  /// Throws Error when the folder of the output cannot be written to, or when anything but a token
+  /// store has its name.
   TokenWriter(const std::string& path, int vocab);
   ~TokenWriter();
 

@@ -87,8 +87,8 @@ void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double l
     fail(
         "step {}: the loss is {} and not all gradients are finite; the first op with a non-finite "
         "value is "
-        "{}. Parameters were not changed and the last checkpoint is good: lower train.lr or raise "
-        "train.warmup and continue with --resume",
+        "{}. Parameters were not changed and no checkpoint is spoilt: lower train.lr or raise "
+        "train.warmup and run again with --resume, which starts anew where there is no checkpoint",
         step, loss, op);
   });
   std::abort();

@@ -184,6 +184,12 @@ TEST_F(BadInput, UnwritableOutput) {
     EXPECT_EQ(std::ranges::count(r.err, '\n'), 1) << r.err;
   }
   EXPECT_EQ(h5::File::open(in_).datasets("case/in").size(), 2);
+  std::filesystem::create_symlink(dir_ / "elsewhere", dir_ / "link");
+  const Ended r = run_entrain(fmt::format("op entmax --in {} --out {}", in_, dir_ / "link"));
+  EXPECT_EQ(r.code, 1);
+  EXPECT_NE(r.err.find((dir_ / "link") + ": exists and is no ordinary file"), std::string::npos)
+      << r.err;
+  EXPECT_TRUE(std::filesystem::is_symlink(dir_ / "link"));
 }
 
 TEST_F(BadInput, Tensors) {
@@ -193,6 +199,8 @@ TEST_F(BadInput, Tensors) {
   expect_refused("entmax", "no input in/length");
   entmax(pool_.random({2, 5, 1}), lengths({1, 2})).close();
   expect_refused("entmax", "2 dimensions are needed");
+  entmax(pool_.make({0, 5}, DType::f32), lengths({})).close();
+  expect_refused("entmax", "case/in/z is empty, with shape [0, 5]");
   entmax(pool_.random({2, 5}), lengths({1, 6})).close();
   expect_refused("entmax", "length 6 of row 1 is not in [0, 5]");
   entmax(pool_.random({2, 5}), lengths({-1, 5})).close();
@@ -216,6 +224,12 @@ TEST_F(BadInput, Parameters) {
   sigma.set("case", "sigma", 0.0);
   sigma.close();
   expect_refused("dash", "sigma");
+  for (const double value : {NAN, INFINITY}) {
+    h5::File gamma = dash(2);
+    gamma.set("case", "gamma", value);
+    gamma.close();
+    expect_refused("dash", fmt::format("case case: gamma is {}, not a finite number", value));
+  }
   h5::File eps = dash(2);
   eps.set("case", "prior_eps", -1.0);
   eps.close();

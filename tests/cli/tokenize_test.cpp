@@ -98,6 +98,8 @@ TEST(Tokenize, RefusesBadInputAndLeavesNoFile) {
   EXPECT_ERROR(tokenize(dir / "a.txt" + (" --out " + (dir / "no/out.h5"))), "No such file");
   EXPECT_FALSE(std::filesystem::exists(dir / "out.h5"));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.h5.partial"));
+  EXPECT_ERROR(tokenize((dir / "a.txt") + " --out " + (dir / "a.txt")), "is no token store");
+  EXPECT_EQ(read_file(dir / "a.txt"), "some text\n");
 }
 
 TEST(Tokenize, MakesARecallTask) {

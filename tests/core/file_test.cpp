@@ -1,10 +1,12 @@
 #include "core/file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <filesystem>
 #include <optional>
 
+#include "core/error.h"
 #include "tests/expect_error.h"
 #include "tests/temp_dir.h"
 
@@ -19,6 +21,22 @@ TEST(File, ReplacesWholeAndLeavesNothingBeside) {
   replace_file(dir + "/a", std::string("two\0\n", 5));
   EXPECT_EQ(read_file(dir + "/a"), std::string("two\0\n", 5));
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir), {}), 1);
+}
+
+TEST(File, RefusesToReplaceWhatIsNoOrdinaryFile) {
+  const TempDir dir;
+  write_file(dir / "file", "");
+  std::filesystem::create_symlink(dir / "file", dir / "link");
+  std::filesystem::create_symlink(dir / "absent", dir / "dangling");
+  ASSERT_EQ(mkfifo((dir / "pipe").c_str(), 0600), 0);
+  EXPECT_NO_THROW(require_replaceable(dir / "file"));
+  EXPECT_NO_THROW(require_replaceable(dir / "absent"));
+  EXPECT_NO_THROW(require_replaceable(dir / "no/such/folder"));
+  EXPECT_ERROR(require_replaceable(dir / ""), "is a folder; name a file to write");
+  for (const char* name : {"link", "dangling", "pipe"}) {
+    EXPECT_ERROR(require_replaceable(dir / name),
+                 (dir / name) + ": exists and is no ordinary file; choose another name to write");
+  }
 }
 
 TEST(File, NamesWhatCannotBeReadOrWritten) {

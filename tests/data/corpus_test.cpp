@@ -118,6 +118,23 @@ TEST(Corpus, JsonStringsNeedNotBeUtf8) {
   EXPECT_ERROR(read("{\"t\xE8xt\": \"a\"}", "t\xE9xt"), "no text under");
 }
 
+TEST(Corpus, HalvesOfSurrogatePairsBecomeReplacementCharacters) {
+  TempDir dir;
+  const auto read = [&](const std::string& text) {
+    write_file(dir / "a.jsonl", "{\"text\": \"" + text + "\"}\n");
+    return all({dir / "a.jsonl"});
+  };
+  const std::string odd = "\xEF\xBF\xBD", smile = "\xF0\x9F\x98\x80";
+  EXPECT_EQ(read("\\ud800"), Texts{odd});
+  EXPECT_EQ(read("a\\uDFFFb\\udbff"), Texts{"a" + odd + "b" + odd});
+  EXPECT_EQ(read("\\ud83d\\ud83d\\ude00\\ude00"), Texts{odd + smile + odd});
+  EXPECT_EQ(read("\\uD83D\\uDE00\\ud800\\u0041\\u007f\\ue000\xE9"),
+            Texts{smile + odd + "A\x7F\xEE\x80\x80\xE9"});
+  EXPECT_EQ(read("\\\\ud800 \\ud800"), Texts{"\\ud800 " + odd});  // the first escapes a backslash
+  EXPECT_ERROR(read("\\ud8"), "a.jsonl:1: not a JSON object");
+  EXPECT_ERROR(read("\\ud8zz"), "a.jsonl:1: not a JSON object");
+}
+
 TEST(Corpus, StandardInputTwice) {
   TempDir dir;
   write_file(dir / "in", "from a pipe\n");

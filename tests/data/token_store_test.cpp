@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 
 #include <csignal>
+#include <optional>
 
 #include "core/h5.h"
 #include "data/token_writer.h"
@@ -27,13 +28,15 @@ void write_store(const std::string& path, int vocab = 300) {
   writer.finish({"spm:x", std::string("\0model", 6), R"({"licence": "none"})", "0 1 a\n"});
 }
 
+const std::string manifest = "0123abcd 17 corpus/a.txt\n";
+
 /// The same with answers, one of them the first token of a document.
 void write_answers(const std::string& path) {
   TokenWriter writer(path, 300);
   writer.add(Split::train, range(0, 100), std::vector<int64_t>{1, 40, 99});
   writer.add(Split::validation, range(50, 60));
   writer.add(Split::train, range(100, 300), std::vector<int64_t>{0, 199});
-  writer.finish({"spm:x", std::string("\0model", 6), "{}", ""});
+  writer.finish({"spm:x", std::string("\0model", 6), "{}", manifest});
 }
 
 const std::vector<int64_t> written_answers{1, 40, 99, 100, 299};
@@ -144,6 +147,11 @@ TEST(TokenStore, EveryFlippedBitIsNoticedOrHarmless) {
     write_file(dir / "b.h5", damaged);
     try {
       const TokenStore store(dir / "b.h5");
+      const std::string kept = error_of([&] {
+        const auto bytes = h5::File::open(dir / "b.h5").read("manifest").bytes;
+        fail("{}", std::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+      });
+      ASSERT_EQ(kept, manifest) << "byte " << at;
       ASSERT_EQ(read_all(store, Split::train), range(0, 300)) << "byte " << at;
       ASSERT_EQ(store.tokenizer_model(), std::string("\0model", 6)) << "byte " << at;
       ASSERT_EQ(store.documents(Split::train), 2) << "byte " << at;
@@ -179,6 +187,35 @@ TEST(TokenStore, DamagedAnswersAreNamed) {
   EXPECT_ERROR(TokenStore(dir / "a.h5"), "the checksum of train/answers does not match");
 }
 
+/// Copies a store, its manifest with another checksum or none.
+void copy_store(const std::string& from, const std::string& to,
+                std::optional<int64_t> manifest_crc) {
+  const h5::File in = h5::File::open(from);
+  h5::File out = h5::File::create(to);
+  for (const char* name : {"format", "tokenizer", "provenance"})
+    out.set("", name, in.text("", name));
+  out.set("", "vocab_size", in.integer("", "vocab_size"));
+  for (const std::string& name : in.datasets()) {
+    out.write(name, in.read(name).tensor());
+    const auto crc = name == "manifest" ? manifest_crc : in.integer(name, "crc32");
+    if (crc) out.set(name, "crc32", *crc);
+  }
+  out.close();
+}
+
+TEST(TokenStore, VerifiesTheManifestWhereItHasAChecksum) {
+  TempDir dir;
+  write_store(dir / "a.h5");
+  copy_store(dir / "a.h5", dir / "older.h5", {});
+  EXPECT_EQ(TokenStore(dir / "older.h5").fingerprint(), TokenStore(dir / "a.h5").fingerprint());
+  const int64_t crc = h5::File::open(dir / "a.h5").integer("manifest", "crc32");
+  copy_store(dir / "a.h5", dir / "same.h5", crc);
+  EXPECT_NO_THROW(TokenStore(dir / "same.h5"));
+  copy_store(dir / "a.h5", dir / "other.h5", crc ^ 1);
+  EXPECT_ERROR(TokenStore(dir / "other.h5"), "the checksum of manifest does not match");
+  EXPECT_NO_THROW(TokenStore(dir / "other.h5", false));
+}
+
 TEST(TokenStore, TruncatedAnywhereIsAnError) {
   TempDir dir;
   write_store(dir / "a.h5");
@@ -201,6 +238,24 @@ TEST(TokenWriter, RefusesIdsBeyondTheVocabulary) {
   TempDir dir;
   TokenWriter writer(dir / "a.h5", 10);
   EXPECT_ERROR(writer.add(Split::train, range(9, 11)), "beyond the vocabulary");
+}
+
+TEST(TokenWriter, ReplacesNothingButTokenStores) {
+  TempDir dir;
+  const std::string refusal = ": exists and is no token store; choose another --out, or remove it";
+  write_file(dir / "text", "abc\n");
+  EXPECT_ERROR(TokenWriter(dir / "text", 10), (dir / "text") + refusal);
+  write_file(dir / "empty", "");
+  EXPECT_ERROR(TokenWriter(dir / "empty", 10), (dir / "empty") + refusal);
+  h5::File::create(dir / "other.h5").close();
+  EXPECT_ERROR(TokenWriter(dir / "other.h5", 10), (dir / "other.h5") + refusal);
+  write_store(dir / "a.h5");
+  std::filesystem::create_symlink(dir / "a.h5", dir / "link");
+  EXPECT_ERROR(TokenWriter(dir / "link", 10), (dir / "link") + ": exists and is no ordinary file");
+  EXPECT_EQ(read_file(dir / "text"), "abc\n");
+  EXPECT_TRUE(std::filesystem::is_symlink(dir / "link"));
+  EXPECT_NO_THROW(write_store(dir / "a.h5", 400));
+  EXPECT_EQ(TokenStore(dir / "a.h5").vocab(), 400);
 }
 
 TEST(TokenWriter, LeavesNothingBehindUnlessFinished) {

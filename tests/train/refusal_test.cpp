@@ -59,6 +59,15 @@ TEST_F(Refusal, RanksWithDifferentConfigurations) {
   EXPECT_FALSE(std::filesystem::exists(dir / "run"));
 }
 
+TEST_F(Refusal, RanksOfWhichSomeResume) {
+  const std::string line =
+      fmt::format("-np 1 {} : -np 2 {}", train_line("run"), train_line("run", "--resume"));
+  expect_refusal(run(environment() + "exec " MPIEXEC " " + line), 1,
+                 {"rank 1 has another command line than rank 0: '--resume' instead of "
+                  "'no --resume'"});
+  EXPECT_FALSE(std::filesystem::exists(dir / "run"));
+}
+
 class Failure : public TinyRun {
  protected:
   void expect_intact(int64_t step) {
@@ -80,6 +89,15 @@ TEST_F(Failure, AnOverflowNamesStepAndOpAndKeepsTheLastCheckpoint) {
     EXPECT_EQ(files_in(dir / "run/checkpoints").size(), 1u);
     EXPECT_EQ(read_steps(dir / "run").size(), 1u);
   }
+}
+
+TEST_F(Failure, AnOverflowBeforeAnyCheckpointStartsAnew) {
+  const std::string overflow = "train.lr=1.0e+30 train.clip=0 train.schedule=constant ";
+  expect_refusal(run(alone(train_line("run", overflow + "checkpoint.every=0"))), 1,
+                 {"step 2: ", "--resume, which starts anew where there is no checkpoint"});
+  EXPECT_EQ(files_in(dir / "run/checkpoints"), std::vector<std::string>{});
+  train("run", "train.steps=2 --resume");
+  EXPECT_EQ(read_steps(dir / "run").size(), 2u);
 }
 
 /// A copy of a checkpoint with one weight made infinite, its checksums in order.
