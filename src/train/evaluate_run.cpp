@@ -10,27 +10,28 @@ namespace entrain {
 RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string>& overrides,
                            Comm& comm) {
   RunEvaluation evaluation;
-  auto& [path, config, info, lacking, result] = evaluation;
   std::optional<TrainedModel> model;
   std::unique_ptr<Decoder> decoder;
   std::unique_ptr<Evaluator> evaluator;
   TapeMemory memory(Device::cpu);
   together(comm, [&] {
-    if (comm.rank() == 0) path = find_checkpoint(run);
+    if (comm.rank() == 0) evaluation.checkpoint = find_checkpoint(run);
   });
-  broadcast(comm, path, 0);
+  broadcast(comm, evaluation.checkpoint, 0);
   together(comm, [&] {
-    model.emplace(path, overrides, true);
-    config = model->config;
-    info = model->info;
-    require_sequence(*model->store, Split::validation, config.data.seq_len);
-    decoder = model->decoder(config.data.seq_len, lacking);
+    model.emplace(evaluation.checkpoint, overrides, true);
+    const int64_t seq_len = model->config.data.seq_len;
+    require_sequence(*model->store, Split::validation, seq_len);
+    decoder = model->decoder(seq_len, evaluation.lacking);
     for (const bool committed : {false, true}) {
       if (committed) memory.commit();
-      evaluator = std::make_unique<Evaluator>(*decoder, memory, config.data.seq_len);
+      evaluator = std::make_unique<Evaluator>(*decoder, memory, seq_len);
     }
   });
-  result = evaluator->run(*model->store, Split::validation, config.eval.sequences, comm);
+  evaluation.config = model->config;
+  evaluation.info = model->info;
+  evaluation.result =
+      evaluator->run(*model->store, Split::validation, model->config.eval.sequences, comm);
   return evaluation;
 }
 
