@@ -3,6 +3,7 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdlib>
 #include <exception>
 #include <utility>
@@ -72,10 +73,25 @@ class MpiComm final : public Comm {
     }
   }
 
-  void fail_together() override { all_fail_ = true; }
-  bool recover() override { return std::exchange(all_fail_, false); }
+  // The first rank to leave makes mpirun send SIGTERM to the others, of which one has yet to say
+  // why.
+  void fail_together() override {
+    all_fail_ = true;
+    mask_sigterm(SIG_BLOCK);
+  }
+  bool recover() override {
+    mask_sigterm(SIG_UNBLOCK);
+    return std::exchange(all_fail_, false);
+  }
 
  private:
+  static void mask_sigterm(int how) {
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    pthread_sigmask(how, &signals, nullptr);
+  }
+
   int rank_ = 0;
   int size_ = 1;
   bool all_fail_ = false;
