@@ -81,10 +81,10 @@ void check_target_density(const RunConfig& c) {
   require_key(c.attention.method == "dash", key,
               "needs attention.method dash: {} attention has no gamma to drive",
               c.attention.method);
-  require_key(
-      c.attention.alpha > 1.0 && (c.attention.alpha_steps == 0 || c.attention.alpha_start > 1.0),
-      key,
-      "needs attention.alpha and attention.alpha_start above 1: softmax routes to every chunk");
+  require_key(c.attention.alpha > 1.0, key,
+              "needs attention.alpha above 1: softmax routes to every chunk");
+  require_key(c.attention.alpha_steps == 0 || c.attention.alpha_start > 1.0, key,
+              "needs attention.alpha_start above 1: softmax routes to every chunk");
 
   const int group = c.model.n_head / c.model.n_kv_head;
   const double chunks = double(group) + c.attention.local_blocks + c.attention.init_blocks;

@@ -473,6 +473,20 @@ TEST_F(Check, TargetDensityNeedsASparseMethod) {
         c.attention.target_density = 0.5;
       }),
       "attention.target_density needs attention.alpha above 1: softmax routes to every chunk");
+  EXPECT_EQ(with([](RunConfig& c) {
+              c.attention.method = "dash";
+              c.attention.alpha_steps = 10;
+              c.attention.target_density = 0.5;
+            }),
+            "attention.target_density needs attention.alpha_start above 1: softmax routes to every "
+            "chunk");
+  EXPECT_EQ(
+      with([](RunConfig& c) {
+        c.attention.method = "dash";
+        c.attention.gamma_steps = 10;
+        c.attention.target_density = 0.5;
+      }),
+      "attention.gamma_steps and attention.target_density both drive gamma; take one of them");
 }
 
 }  // namespace
