@@ -1,6 +1,11 @@
 #pragma once
 // Every kernel, declared once. A backend defines the members for its device in files that mirror
-// each other: cpu/NAME.cpp for Kernels<Device::cpu>. Kernels know tensors and nothing of models.
+// each other: cpu/NAME.cpp for Kernels<Device::cpu>, cuda/NAME.cu for Kernels<Device::cuda>, whose
+// work runs in order on the stream of the process. Kernels know tensors and nothing of models.
+//
+// Types. "Real" tensors (activations, their gradients, matrices) are f32 or f64 on the CPU, f32 or
+// bf16 on the GPU. With bf16, sums (gradients of parameters, lse, rstd, loss, biases of blocks)
+// and parameters of one dimension (norms, gates, summary queries) are f32: "sum type".
 //
 // Conventions. Activations and their gradients are overwritten; gradients of parameters are added
 // to (names end in _sum). Matrices are row-major. B batch, N tokens of a sequence, T = B N tokens,
@@ -50,9 +55,12 @@ struct DashRouting {
   int64_t init_blocks = 0;
   int64_t local_blocks = 1;
   Aggregation aggregation = Aggregation::entmax;
-  // Read when the kernel runs: a controller or a schedule moves them.
-  const double* alpha = nullptr;
-  const double* gamma = nullptr;
+  // {alpha, gamma} on the host, read when the kernel runs (by the GPU: pinned): a controller or a
+  // schedule moves them.
+  const double* alpha_gamma = nullptr;
+
+  double alpha() const { return alpha_gamma[0]; }
+  double gamma() const { return alpha_gamma[1]; }
 };
 
 /// What is known of routing at a position, summed over layers, batch and kv heads: f64 [N,
@@ -100,10 +108,16 @@ enum ReadField : uint8_t {
   read_fields
 };
 
+/// What AdamW is told besides tensors. c1 and c2 are the bias corrections 1 - beta^t; lr, c1 and c2
+/// change from step to step: f64 [3] on the host, read when the kernel runs (by the GPU: pinned).
+struct AdamW {
+  double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, decay = 0.1;
+  double clip = 0;  // 0: no clipping
+  const double* lr_c1_c2 = nullptr;
+};
+
 template <Device>
 struct Kernels {
-  void zero(Tensor x) const;
-  void copy(Tensor from, Tensor to) const;
   /// to = from, two views [B, H, N, D] whose last stride is 1
   void copy_rows(Tensor from, Tensor to) const;
   /// y = a + b
@@ -113,8 +127,8 @@ struct Kernels {
   void embedding(Tensor tokens, Tensor w, Tensor y) const;
   void embedding_backward(Tensor tokens, Tensor dy, Tensor dw_sum) const;
 
-  /// y = x w^T; x [T, in], w [out, in], y [T, out]
-  void linear(Tensor x, Tensor w, Tensor y) const;
+  /// y = x w^T, or y = base + x w^T; x [T, in], w [out, in], y and base (or empty) [T, out]
+  void linear(Tensor x, Tensor w, Tensor y, Tensor base = {}) const;
   void linear_backward(Tensor dy, Tensor x, Tensor w, Tensor dx, Tensor dw_sum) const;
 
   /// y = x rsqrt(mean(x^2) + eps) w over the last dimension; rstd [T] is kept for the backward
@@ -139,19 +153,20 @@ struct Kernels {
                  Tensor dx, Tensor dw_sum, Tensor logits) const;
 
   /// Causal softmax attention over `blocks`; lse f32 [B, Hq, N] is the log of the row sums.
-  /// Rows that attend nothing give 0. read: see ReadField, or empty. keys: scratch of k's size, for
-  /// all keys at once; empty: only what is attended is prepared, for each tile of queries anew.
-  /// Where keys stand for runs of tokens, k and v are [B, Hkv, blocks.keys.within(first + N), D].
-  /// only_flops: the rest is counted elsewhere.
+  /// Rows that attend nothing give 0. read: see ReadField, or empty. scratch: u8
+  /// [attention_scratch()], for all keys at once; empty: only what is attended is prepared, for
+  /// each tile of queries anew. Where keys stand for runs of tokens, k and v are [B, Hkv,
+  /// blocks.keys.within(first + N), D]. only_flops: the rest is counted elsewhere.
   void attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
-                 Tensor keys, Tensor read, bool only_flops = false) const;
+                 Tensor scratch, Tensor read, bool only_flops = false) const;
+  static int64_t attention_scratch(Tensor q, Tensor k);
   /// dbias [B, Hkv, N, M] (or empty) gets the sums of dS over a block's tokens and the group's
-  /// heads: 0 for blocks that were not attended. scratch: f32 [attention_backward_scratch()].
+  /// heads: 0 for blocks that were not attended. scratch: u8 [attention_backward_scratch()].
   /// add_dq: queries that attend several sets of keys sum their gradients.
   void attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
                           const BlockSet& blocks, Tensor dq, Tensor dk, Tensor dv, Tensor dbias,
                           Tensor scratch, bool add_dq = false) const;
-  static int64_t attention_backward_scratch(const Shape& q, const Shape& k);
+  static int64_t attention_backward_scratch(Tensor q, Tensor k);
 
   /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D], a view; s f32 [Hkv, D], or empty for
   /// means. Others are set to 0.
@@ -202,13 +217,22 @@ struct Kernels {
   void entmax(Tensor z, Tensor length, double alpha, Tensor p) const;
   void entmax_backward(Tensor p, Tensor dp, double alpha, Tensor dz) const;
 
-  /// Sum of squares, in f64, in an order that does not depend on the number of threads.
-  double sum_of_squares(Tensor x) const;
+  /// sum f64 [1] += the elements of x, in a fixed order
+  void add_sum(Tensor x, Tensor sum) const;
+  /// sum f64 [1] of squares, in an order that does not depend on the number of threads.
+  void sum_of_squares(Tensor x, Tensor sum) const;
   /// One AdamW step over all parameters, flat (Loshchilov and Hutter 2019); clears g. decays u8: 1
-  /// where weight decay applies. c1 and c2 are the bias corrections 1 - beta^t; g is multiplied by
-  /// g_scale first (clipping).
-  void adamw(Tensor w, Tensor g, Tensor m, Tensor v, Tensor decays, double g_scale, double lr,
-             double beta1, double beta2, double c1, double c2, double eps, double decay) const;
+  /// where weight decay applies. g is first scaled to the norm `clip` where its own, the root of
+  /// squares f64 [1], is larger; where that is not finite, nothing changes. rounded bf16 (or
+  /// empty) gets the new w.
+  void adamw(Tensor w, Tensor g, Tensor m, Tensor v, Tensor decays, Tensor squares,
+             const AdamW& adamw, Tensor rounded) const;
 };
+
+/// Calls f with the kernels of a device.
+template <class F>
+decltype(auto) with_kernels(Device device, F&& f) {
+  return device == Device::cuda ? f(Kernels<Device::cuda>{}) : f(Kernels<Device::cpu>{});
+}
 
 }  // namespace entrain

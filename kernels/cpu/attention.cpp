@@ -185,7 +185,7 @@ int64_t batch_of(const AttentionShape& s) {
 
 template <class T>
 void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Tensor lse,
-             Tensor keys, Tensor read, bool only_flops) {
+             Tensor scratch, Tensor read, bool only_flops) {
   const AttentionShape s(q.shape, k.shape, blocks.keys, blocks.first);
   const HeadView<T> qv(q), kv(k), vv(v), ov(o);
   const int64_t block = blocks.block, M = blocks.bias ? blocks.bias[3] : 0, batch = batch_of(s);
@@ -194,7 +194,7 @@ void forward(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o, Ten
   const Picker picker(blocks, s);
   const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
   T* log_sums = lse.ptr<T>();
-  T* kt = keys ? keys.ptr<T>() : nullptr;
+  T* kt = static_cast<T*>(scratch.data);
   if (kt) transpose_blocks(k, block, kt);
 
 #pragma omp parallel
@@ -314,7 +314,7 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
   const Picker picker(blocks, s);
   const T* bias = blocks.bias ? blocks.bias.ptr<T>() : nullptr;
   const T* log_sums = lse.ptr<T>();
-  T* kt = scratch.ptr<T>();
+  T* kt = static_cast<T*>(scratch.data);
   T* vt = kt + size;
   T* sums = vt + size;  // [B, Hkv, parts, 2, keys, D]
   transpose_blocks(k, block, kt);
@@ -431,8 +431,9 @@ void backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor dout, Tensor lse,
 
 template <>
 void Kernels<Device::cpu>::attention(Tensor q, Tensor k, Tensor v, const BlockSet& blocks, Tensor o,
-                                     Tensor lse, Tensor keys, Tensor read, bool only_flops) const {
-  by_type(q, [&]<class T>(T) { forward<T>(q, k, v, blocks, o, lse, keys, read, only_flops); });
+                                     Tensor lse, Tensor scratch, Tensor read,
+                                     bool only_flops) const {
+  by_type(q, [&]<class T>(T) { forward<T>(q, k, v, blocks, o, lse, scratch, read, only_flops); });
 }
 
 template <>
@@ -446,9 +447,15 @@ void Kernels<Device::cpu>::attention_backward(Tensor q, Tensor k, Tensor v, Tens
 }
 
 template <>
-int64_t Kernels<Device::cpu>::attention_backward_scratch(const Shape& q, const Shape& k) {
-  const AttentionShape s(q, k);
-  return k.numel() * (2 + 2 * s.parts());  // K^T and V^T, then each part's dK and dV
+int64_t Kernels<Device::cpu>::attention_scratch(Tensor, Tensor k) {
+  return static_cast<int64_t>(k.bytes());  // K^T
+}
+
+template <>
+int64_t Kernels<Device::cpu>::attention_backward_scratch(Tensor q, Tensor k) {
+  const AttentionShape s(q.shape, k.shape);
+  // K^T and V^T, then each part's dK and dV
+  return static_cast<int64_t>(k.bytes()) * (2 + 2 * s.parts());
 }
 
 }  // namespace entrain

@@ -37,15 +37,15 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
   }
 }
 
-/// y [m] = A [m, n] x [n], A row-major.
+/// y [m] = A [m, n] x [n] + beta y, A row-major.
 template <class T>
-void gemv(int64_t m, int64_t n, const T* a, const T* x, T* y) {
+void gemv(int64_t m, int64_t n, const T* a, const T* x, T beta, T* y) {
   const int rows = static_cast<int>(n), columns = static_cast<int>(m), step = 1;  // BLAS sees A^T
-  const T one = 1, zero = 0;
+  const T one = 1;
   if constexpr (sizeof(T) == sizeof(float)) {
-    sgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &zero, y, &step);
+    sgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &beta, y, &step);
   } else {
-    dgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &zero, y, &step);
+    dgemv_("T", &rows, &columns, &one, a, &rows, x, &step, &beta, y, &step);
   }
 }
 

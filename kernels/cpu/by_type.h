@@ -1,4 +1,5 @@
 #pragma once
+#include "core/error.h"
 #include "core/tensor.h"
 
 namespace entrain {

@@ -77,7 +77,7 @@ class RoutedTile : public ScoreTile {
             int64_t token) {
     g = s.g;
     const Candidates last(routing, (token + count - 1) / routing.chunk);
-    scale = (routing.aggregation == Aggregation::entmax ? *routing.gamma : 1) /
+    scale = (routing.aggregation == Aggregation::entmax ? routing.gamma() : 1) /
             std::sqrt(static_cast<double>(s.D));
     ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0, scale, s, b, r, first, count);
     for (int64_t i = 0; i < count * g; ++i) {
@@ -98,12 +98,12 @@ class RoutedTile : public ScoreTile {
     if (routing.aggregation == Aggregation::softmax) {
       mix(routing, query, range);
       std::fill_n(tau.begin(), g,
-                  entmax_threshold(mixed.data(), range.count(), *routing.alpha, kept.data()));
+                  entmax_threshold(mixed.data(), range.count(), routing.alpha(), kept.data()));
       return;
     }
     for (int64_t h = 0; h < g; ++h) {
       tau[h] =
-          entmax_threshold(scores(query, h, range), range.count(), *routing.alpha, kept.data());
+          entmax_threshold(scores(query, h, range), range.count(), routing.alpha(), kept.data());
     }
   }
 
@@ -113,12 +113,12 @@ class RoutedTile : public ScoreTile {
     if (range.count() == 0) return;
     if (routing.aggregation == Aggregation::softmax) {
       mix(routing, query, range);
-      entmax_probabilities(mixed.data(), range.count(), tau[0], *routing.alpha,
+      entmax_probabilities(mixed.data(), range.count(), tau[0], routing.alpha(),
                            w.data() + range.begin);
       return;
     }
     for (int64_t h = 0; h < g; ++h) {
-      entmax_probabilities(scores(query, h, range), range.count(), tau[h], *routing.alpha,
+      entmax_probabilities(scores(query, h, range), range.count(), tau[h], routing.alpha(),
                            head(h, range));
       for (int64_t c = range.begin; c < range.end; ++c) w[c] += p[h * width + c];
     }
@@ -136,9 +136,9 @@ class RoutedTile : public ScoreTile {
     if (n == 0) return;
     double* dw_row = dw.data() + range.begin;
     if (routing.aggregation == Aggregation::softmax) {
-      entmax_row_backward(w.data() + range.begin, dw_row, n, *routing.alpha, mixed.data());
+      entmax_row_backward(w.data() + range.begin, dw_row, n, routing.alpha(), mixed.data());
       for (int64_t h = 0; h < g; ++h) {
-        const double share = *routing.gamma / static_cast<double>(g);
+        const double share = routing.gamma() / static_cast<double>(g);
         const double* soft = head(h, range);
         double dot = 0;
         for (int64_t c = 0; c < n; ++c) dot += soft[c] * mixed[c];
@@ -149,7 +149,7 @@ class RoutedTile : public ScoreTile {
     }
     for (int64_t c = 0; c < n; ++c) dw_row[c] /= static_cast<double>(g);
     for (int64_t h = 0; h < g; ++h) {
-      entmax_row_backward(head(h, range), dw_row, n, *routing.alpha, scores(query, h, range));
+      entmax_row_backward(head(h, range), dw_row, n, routing.alpha(), scores(query, h, range));
     }
   }
 
@@ -167,7 +167,7 @@ class RoutedTile : public ScoreTile {
   /// p = softmax of each head, mixed = gamma times their mean.
   void mix(const DashRouting& routing, int64_t query, Candidates range) {
     const int64_t n = range.count();
-    const double share = *routing.gamma / static_cast<double>(g);
+    const double share = routing.gamma() / static_cast<double>(g);
     std::fill_n(mixed.begin(), n, 0.0);
     for (int64_t h = 0; h < g; ++h) {
       softmax_row(scores(query, h, range), n, head(h, range));
@@ -422,7 +422,7 @@ void Kernels<Device::cpu>::dash_entropy(Tensor q, Tensor kbar, const DashRouting
     const HeadView<T> qv(q);
     const HeadView<double> means(kbar);
     const int64_t M = kbar[2];
-    const double sharpen = routing.aggregation == Aggregation::softmax ? *routing.gamma : 1;
+    const double sharpen = routing.aggregation == Aggregation::softmax ? routing.gamma() : 1;
 #pragma omp parallel
     tile_of_thread.reserve(s, M);
 #pragma omp parallel for schedule(dynamic)

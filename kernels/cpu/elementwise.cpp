@@ -1,20 +1,9 @@
 #include <algorithm>
-#include <cstring>
 
 #include "kernels/cpu/by_type.h"
 #include "kernels/cpu/views.h"
 
 namespace entrain {
-
-template <>
-void Kernels<Device::cpu>::zero(Tensor x) const {
-  std::memset(x.data, 0, x.bytes());
-}
-
-template <>
-void Kernels<Device::cpu>::copy(Tensor from, Tensor to) const {
-  std::memcpy(to.data, from.data, to.bytes());
-}
 
 template <>
 void Kernels<Device::cpu>::copy_rows(Tensor from, Tensor to) const {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/error.h"
 #include "kernels/kernels.h"
 
 namespace entrain {

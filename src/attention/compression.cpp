@@ -32,7 +32,6 @@ int64_t Compression::products(int64_t D, int64_t tokens) const {
 
 Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries queries,
                         Tensor cache) const {
-  const Kernels<Device::cpu> k;
   const Runs windows = windows_;
   const int64_t B = x.value[0], H = x.value[1], D = x.value[3], width = windows.length * D;
   // Windows of one run of the tape, at most.
@@ -44,11 +43,11 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries 
   if (kind_ == Kind::mean) {
     tape.record(
         "compression", y.value, x.grad,
-        [=] {
+        [=](auto k) {
           const auto [begin, n, tokens] = queries.complete(x.value, windows);
           k.pool_runs(tokens, windows, y.value.slice(2, begin, n));
         },
-        [=] { k.fold_runs({}, y.grad, windows, x.grad); });
+        [=](auto k) { k.fold_runs({}, y.grad, windows, x.grad); });
     return y;
   }
 
@@ -60,7 +59,7 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries 
   const Tensor dy = tape.training() ? y.grad.view({count, D}) : Tensor{};
   const Tensor drows = tape.training() ? tape.scratch(rows.shape) : Tensor{};
   // Calls learn(n, tokens) to write the first n rows of `learned`, then adds the windows' means.
-  const auto add_to_mean = [=](const auto& learn) {
+  const auto add_to_mean = [=](auto k, const auto& learn) {
     const auto [begin, windows_now, tokens] = queries.complete(x.value, windows);
     if (windows_now == 0) return;
     const int64_t n = B * H * windows_now;
@@ -75,13 +74,13 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries 
     const Var w = matrix(params[0], {D, width});
     tape.record(
         "compression", y.value, x.grad,
-        [=] {
-          add_to_mean([&](int64_t n, Tensor tokens) {
+        [=](auto k) {
+          add_to_mean(k, [&](int64_t n, Tensor tokens) {
             k.unfold_runs(tokens, windows, {}, rows.slice(0, 0, n));
             k.linear(rows.slice(0, 0, n), w.value, learned.slice(0, 0, n));
           });
         },
-        [=] {
+        [=](auto k) {
           k.unfold_runs(x.value, windows, {}, rows);
           k.linear_backward(dy, rows, w.value, drows, w.grad);
           k.fold_runs(drows, y.grad, windows, x.grad);
@@ -99,15 +98,15 @@ Var Compression::record(Tape& tape, Var x, std::span<const Var> params, Queries 
   }
   tape.record(
       "compression", y.value, x.grad,
-      [=] {
-        add_to_mean([&](int64_t n, Tensor tokens) {
+      [=](auto k) {
+        add_to_mean(k, [&](int64_t n, Tensor tokens) {
           k.unfold_runs(tokens, windows, position.value, rows.slice(0, 0, n));
           k.linear(rows.slice(0, 0, n), up.value, gate_up.slice(0, 0, n));
           k.swiglu(gate_up.slice(0, 0, n), hidden.slice(0, 0, n));
           k.linear(hidden.slice(0, 0, n), down.value, learned.slice(0, 0, n));
         });
       },
-      [=] {
+      [=](auto k) {
         k.unfold_runs(x.value, windows, position.value, rows);
         k.linear_backward(dy, hidden, down.value, dhidden, down.grad);
         k.swiglu_backward(dhidden, gate_up, dgate_up);

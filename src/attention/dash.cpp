@@ -3,6 +3,7 @@
 // the token softmax. The prior's gradient trains queries, keys and summaries alike.
 #include "attention/record_attention.h"
 #include "attention/registry.h"
+#include "core/mirror.h"
 
 namespace entrain {
 namespace {
@@ -14,10 +15,7 @@ int64_t chunks_in(int64_t tokens, int64_t chunk) {
 class DashAttention : public AttentionMethod {
  public:
   explicit DashAttention(const AttentionConfig& c)
-      : alpha_(c.alpha),
-        gamma_(c.gamma),
-        learned_summaries_(c.summaries == "learned"),
-        router_learns_(c.router_gradient) {
+      : learned_summaries_(c.summaries == "learned"), router_learns_(c.router_gradient) {
     routing_.chunk = c.chunk;
     routing_.sigma = c.sigma;
     routing_.prior_eps = c.prior_eps;
@@ -25,8 +23,9 @@ class DashAttention : public AttentionMethod {
     routing_.init_blocks = c.init_blocks;
     routing_.local_blocks = c.local_blocks;
     routing_.aggregation = c.aggregation == "softmax" ? Aggregation::softmax : Aggregation::entmax;
-    routing_.alpha = &alpha_;
-    routing_.gamma = &gamma_;
+    routing_.alpha_gamma = knobs_.host().ptr<double>();
+    *alpha() = c.alpha;
+    *gamma() = c.gamma;
   }
   DashAttention(const DashAttention&) = delete;  // routing_ points into it
   DashAttention& operator=(const DashAttention&) = delete;
@@ -37,8 +36,8 @@ class DashAttention : public AttentionMethod {
     return {{.name = "indexer_q", .shape = {s.n_kv_head * s.head_dim}, .decay = false}};
   }
 
-  double* alpha() override { return &alpha_; }
-  double* gamma() override { return &gamma_; }
+  double* alpha() override { return knobs_.host().ptr<double>(); }
+  double* gamma() override { return knobs_.host().ptr<double>() + 1; }
 
   /// The summaries of complete chunks.
   std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType) const override {
@@ -46,7 +45,6 @@ class DashAttention : public AttentionMethod {
   }
 
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
-    const Kernels<Device::cpu> kernels;
     const DashRouting routing = routing_;
     const Var q = in.q, k = in.k;
     const Var summary = learned_summaries_ ? in.params.at(0) : Var{};
@@ -57,7 +55,8 @@ class DashAttention : public AttentionMethod {
     const Tensor kbar = queries.decoding() ? in.cache.at(0) : tape.keep({B, Hkv, M, D}, DType::f64);
     const Tensor tau = tape.keep({B, Hq, N}, DType::f64);
     const Shape per_chunk{B, Hkv, N, M};
-    const Var bias = router_learns_ ? tape.var(per_chunk) : Var{tape.keep(per_chunk), {}};
+    const Var bias = router_learns_ ? tape.var(per_chunk, tape.sum_dtype())
+                                    : Var{tape.keep(per_chunk, tape.sum_dtype()), {}};
     const BlockSet blocks{.block = routing.chunk,
                           .mask = tape.keep({B, Hkv, N, (M + 63) / 64}, DType::u64),
                           .bias = bias.value};
@@ -65,12 +64,14 @@ class DashAttention : public AttentionMethod {
     Tensor dkbar, route_scratch;
     if (tape.training()) {
       dkbar = tape.scratch(kbar.shape, DType::f64);
-      route_scratch = tape.scratch({kernels.dash_route_backward_scratch(q.value.shape, kbar.shape)},
-                                   DType::f64);
+      const int64_t elements = with_kernels(tape.device(), [&](auto kernels) {
+        return kernels.dash_route_backward_scratch(q.value.shape, kbar.shape);
+      });
+      route_scratch = tape.scratch({elements}, DType::f64);
     }
     tape.record(
         "routing", bias.value, q.grad,
-        [=, read = in.read, entropy = in.entropy] {
+        [=, read = in.read, entropy = in.entropy](auto kernels) {
           const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
           const int64_t token = c * routing.chunk;
           kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
@@ -79,7 +80,7 @@ class DashAttention : public AttentionMethod {
           kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, read);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
-        [=] {  // adds to what attention left in q's and k's gradients
+        [=](auto kernels) {  // adds to what attention left in q's and k's gradients
           if (!bias.grad) return;
           kernels.dash_route_backward(q.value, kbar, routing, tau, bias.grad, q.grad, dkbar,
                                       route_scratch);
@@ -92,7 +93,7 @@ class DashAttention : public AttentionMethod {
   }
 
  private:
-  double alpha_, gamma_;
+  Pinned knobs_{{2}, DType::f64};  // {alpha, gamma}
   bool learned_summaries_, router_learns_;
   DashRouting routing_;
 };

@@ -23,7 +23,6 @@ class InfLlmV2Attention : public AttentionMethod {
   }
 
   void record(Tape& tape, const AttentionInput& in, Var o) const override {
-    const Kernels<Device::cpu> kernels;
     const BlockSelection selection = selection_;
     const Var q = in.q, k = in.k;
     const int64_t B = q.value[0], N = q.value[2], D = q.value[3];
@@ -38,7 +37,7 @@ class InfLlmV2Attention : public AttentionMethod {
     const Tensor pooled = queries.decoding()
                               ? in.cache.at(0)
                               : tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
-    tape.record("selection", {}, {}, [=, read = in.read] {
+    tape.record("selection", {}, {}, [=, read = in.read](auto kernels) {
       const auto [begin, count, tokens] = queries.complete(k.value, windows);
       kernels.pool_runs(tokens, windows, pooled.slice(2, begin, count));
       kernels.select_blocks(q.value, queries.seen(pooled, windows), selection,

@@ -90,12 +90,12 @@ class NsaAttention : public AttentionMethod {
 
  private:
   static Var record_gate(Tape& tape, Var logits, Var bias) {
-    const Kernels<Device::cpu> kernels;
     const Var gate = tape.var(logits.value.shape);
     tape.record(
         "gate", gate.value, logits.grad,
-        [=] { kernels.gate(logits.value, bias.value, gate.value); },
-        [=] { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); }, {bias.grad});
+        [=](auto kernels) { kernels.gate(logits.value, bias.value, gate.value); },
+        [=](auto kernels) { kernels.gate_backward(gate.grad, gate.value, logits.grad, bias.grad); },
+        {bias.grad});
     return gate;
   }
 

@@ -6,12 +6,18 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <nlohmann/json.hpp>
+#include <optional>
 
 #include "cli/commands.h"
+#include "core/gpu.h"
 #include "core/median.h"
+#include "core/mirror.h"
 #include "core/rng.h"
+#include "core/version.h"
 #include "model/decoder.h"
 #include "optim/adamw.h"
+#include "train/device.h"
 #include "train/machine.h"
 
 namespace entrain::cli {
@@ -25,6 +31,11 @@ double timed(const std::function<void()>& f) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
+std::string where(Device device) {
+  return device == Device::cuda ? gpu::info().name
+                                : fmt::format("{} threads", omp_get_max_threads());
+}
+
 struct TrainShape {
   ModelConfig model{.n_layer = 4,
                     .d_model = 256,
@@ -35,70 +46,156 @@ struct TrainShape {
                     .vocab = 2048};
   AttentionConfig attention{.chunk = 32};
   int batch = 4, tokens = 1024, repeats = 7;
-  bool recompute = false;
+  bool recompute = false, json = false;
+  std::string device = "auto";
+};
+
+/// A training step whose parts can be run one by one.
+class Step {
+ public:
+  Step(const TrainShape& s, Device device)
+      : decoder_(s.model, s.attention, s.tokens, 1, true, device, choose_dtype("auto", device)),
+        optimizer_(decoder_.params(), {}),
+        memory_(device),
+        read_(decoder_.read()) {
+    for (const bool committed : {false, true}) {
+      if (committed) memory_.commit();
+      memory_.rewind();
+      tape_ = std::make_unique<Tape>(
+          memory_,
+          Tape::Options{.dtype = decoder_.dtype(), .training = true, .recompute = s.recompute});
+      const Tensor tokens = tape_->keep({s.batch, s.tokens}, DType::i32);
+      const Tensor targets = tape_->keep({s.batch, s.tokens}, DType::i32);
+      decoder_.loss(*tape_, tokens, targets, 1.0 / static_cast<double>(tokens.numel()));
+      if (!committed) continue;
+      Rng rng(1, 0);
+      for (const Tensor& t : {tokens, targets}) {
+        Mirror ids(t);
+        for (int64_t i = 0; i < t.numel(); ++i) {
+          ids.host().ptr<int32_t>()[i] =
+              static_cast<int32_t>(rng.below(static_cast<uint64_t>(s.model.vocab)));
+        }
+        ids.upload();
+      }
+    }
+  }
+
+  /// Runs the passes and the update, on the GPU as a graph of all.
+  void run() {
+    optimizer_.prepare(++count_, 1e-4);
+    const auto work = [&] {
+      tape_->forward();
+      tape_->backward();
+      optimizer_.update();
+    };
+    if (decoder_.device() == Device::cpu) return work();
+    if (count_ == 1) {
+      work();  // makes what is made once
+    } else {
+      if (!graph_) graph_.emplace().capture(work);
+      graph_->launch();
+    }
+    gpu::synchronize();
+  }
+  /// From now on run() times its parts, which costs it a little.
+  void time_parts() {
+    tape_->time_ops("");
+    graph_.reset();
+  }
+  std::map<std::string, OpTime> parts() const { return tape_->times(); }
+
+  /// Operations of attention in a step, as counted since the last call.
+  double attention_flops() {
+    read_.download();
+    double sum = 0;
+    double* fields = read_.host().ptr<double>();
+    for (int64_t i = 0; i < read_.host().numel(); i += read_fields) sum += fields[i + read_flops];
+    std::fill_n(fields, read_.host().numel(), 0.0);
+    read_.upload();
+    return sum;
+  }
+
+  const Decoder& decoder() const { return decoder_; }
+  size_t memory() const { return memory_.peak(); }
+
+ private:
+  Decoder decoder_;
+  Optimizer optimizer_;
+  TapeMemory memory_;
+  std::unique_ptr<Tape> tape_;
+  Mirror read_;
+  std::optional<gpu::Graph> graph_;
+  int count_ = 0;
 };
 
 void bench_train(const TrainShape& s) {
-  Decoder decoder(s.model, s.attention, s.tokens, 1, true, Device::cpu);
-  TapeMemory memory(Device::cpu);
-  std::unique_ptr<Tape> tape;
-  Tensor tokens, targets;
-  for (const bool committed : {false, true}) {
-    if (committed) memory.commit();
-    memory.rewind();
-    tape =
-        std::make_unique<Tape>(memory, Tape::Options{.training = true, .recompute = s.recompute});
-    tokens = tape->keep({s.batch, s.tokens}, DType::i32);
-    targets = tape->keep({s.batch, s.tokens}, DType::i32);
-    decoder.loss(*tape, tokens, targets, 1.0 / static_cast<double>(tokens.numel()));
-  }
-  Rng rng(1, 0);
-  for (int64_t i = 0; i < tokens.numel(); ++i) {
-    tokens.ptr<int32_t>()[i] =
-        static_cast<int32_t>(rng.below(static_cast<uint64_t>(s.model.vocab)));
-    targets.ptr<int32_t>()[i] =
-        static_cast<int32_t>(rng.below(static_cast<uint64_t>(s.model.vocab)));
-  }
-  const OptimConfig optim;
-  std::vector<double> forward, backward, update, step, share, rates;
+  const Device device = choose_device(s.device);
+  Step step(s, device);
+  const double tokens = static_cast<double>(s.batch) * s.tokens;
+  step.run();  // warms up
+  step.run();
+  step.attention_flops();
+  std::vector<double> seconds, rates, share;
   double flops = 0;
-  for (int i = 0; i <= s.repeats; ++i) {
-    Tensor read = decoder.read();
-    std::fill_n(read.ptr<double>(), read.numel(), 0.0);
-    const double f = timed([&] { tape->forward(); });
-    double attention = 0;
-    for (int64_t j = 0; j < read.numel(); j += read_fields)
-      attention += read.ptr<double>()[j + read_flops];
-    const double b = timed([&] { tape->backward(); });
-    const double u = timed(
-        [&] { adamw_step(decoder.params(), optim, i + 1, 1e-4, grad_norm(decoder.params())); });
-    const double rate = matmul_rate();
-    if (i == 0) continue;  // warms up
-    flops = 6.0 * static_cast<double>(s.batch * decoder.products(s.tokens)) + attention;
-    forward.push_back(f), backward.push_back(b), update.push_back(u), step.push_back(f + b + u);
-    rates.push_back(rate), share.push_back(flops / (f + b + u) / rate);
+  for (int i = 0; i < s.repeats; ++i) {
+    seconds.push_back(timed([&] { step.run(); }));
+    flops = 6.0 * static_cast<double>(s.batch * step.decoder().products(s.tokens)) +
+            step.attention_flops();
+    rates.push_back(matmul_rate(device));
+    share.push_back(flops / seconds.back() / rates.back());
+  }
+  step.time_parts();
+  step.run();
+  step.run();
+  double passes = 0;
+  for (const auto& [name, time] : step.parts()) passes += time.forward + time.backward;
+  const double time = median(seconds);
+  const size_t peak = device == Device::cuda ? gpu::info().total_bytes - gpu::info().free_bytes
+                                             : peak_resident_bytes();
+
+  if (s.json) {
+    nlohmann::ordered_json out{{"tokens_per_second", tokens / time},
+                               {"step_ms", 1e3 * time},
+                               {"tflops", flops / time / 1e12},
+                               {"matmul_tflops", median(rates) / 1e12},
+                               {"share_of_matmul", median(share)},
+                               {"peak_memory_bytes", peak},
+                               {"commit", code_version()}};
+    for (const auto& [name, part] : step.parts()) {
+      out["parts"][name] = 1e3 * (part.forward + part.backward);
+    }
+    out["parts"]["update"] = 1e3 * (time - passes);
+    if (device == Device::cuda) {
+      out["gpu"] = gpu::info().name;
+      out["driver"] = gpu::info().driver;
+    }
+    fmt::print("{}\n", out.dump());
+    return;
   }
   fmt::print(
       "training step: {} layers, d_model {}, {}/{} heads of {}, d_ff {}, vocabulary {}, {} x {} "
-      "tokens, "
-      "attention {}, {} threads\n",
+      "tokens, attention {}, {} {}\n",
       s.model.n_layer, s.model.d_model, s.model.n_head, s.model.n_kv_head, s.model.head_dim,
-      s.model.d_ff, s.model.vocab, s.batch, s.tokens, s.attention.method, omp_get_max_threads());
-  fmt::print("  forward and loss  {:8.1f} ms\n  backward          {:8.1f} ms\n",
-             1e3 * median(forward), 1e3 * median(backward));
-  fmt::print("  AdamW             {:8.1f} ms\n  step              {:8.1f} ms\n",
-             1e3 * median(update), 1e3 * median(step));
-  fmt::print("  {:.0f} tokens/s, {:.1f} GFLOP/s of {:.1f} GFLOP in a step\n",
-             static_cast<double>(tokens.numel()) / median(step), flops / median(step) / 1e9,
-             flops / 1e9);
-  fmt::print("  float32 matrix product 1024^3: {:.1f} GFLOP/s; the step runs at {:.1f} % of it\n",
-             median(rates) / 1e9, 100 * median(share));
-  fmt::print("  activations and gradients {:.0f} MiB\n",
-             static_cast<double>(memory.peak()) / (1 << 20));
+      s.model.d_ff, s.model.vocab, s.batch, s.tokens, s.attention.method, where(device),
+      name_of(step.decoder().dtype()));
+  fmt::print("  {:<18}{:>10}{:>10}\n", "part", "forward", "backward");
+  for (const auto& [name, part] : step.parts()) {
+    fmt::print("  {:<18}{:>7.2f} ms{:>7.2f} ms\n", name, 1e3 * part.forward, 1e3 * part.backward);
+  }
+  fmt::print("  {:<18}{:>7.2f} ms, what remains of the step\n", "update", 1e3 * (time - passes));
+  fmt::print("  {:<18}{:>7.2f} ms, median of {}\n", "step", 1e3 * time, s.repeats);
+  fmt::print("  {:.0f} tokens/s, {:.3f} TFLOP/s of {:.2f} TFLOP in a step\n", tokens / time,
+             flops / time / 1e12, flops / 1e12);
+  fmt::print("  {}: {:.3f} TFLOP/s; the step runs at {:.1f} % of it\n", matmul_name(device),
+             median(rates) / 1e12, 100 * median(share));
+  fmt::print("  activations and gradients {:.0f} MiB, in all {:.0f} MiB\n",
+             static_cast<double>(step.memory()) / (1 << 20), static_cast<double>(peak) / (1 << 20));
 }
 
 struct AttentionShape {
   int batch = 1, n_head = 8, n_kv_head = 2, head_dim = 32, tokens = 4096, chunk = 32, repeats = 7;
+  std::string device = "auto";
+  Device on = Device::cpu;  // what `device` came to
   std::vector<double> densities{0.5, 0.25, 0.125, 0.0625};
 };
 
@@ -107,13 +204,14 @@ struct AttentionShape {
 class Layer {
  public:
   Layer(const AttentionConfig& config, const AttentionShape& s)
-      : method_(make_attention(config)), memory_(Device::cpu) {
+      : method_(make_attention(config)), memory_(s.on) {
     const int64_t B = s.batch, N = s.tokens, D = s.head_dim;
     const int64_t width = (s.n_head + 2 * s.n_kv_head) * D;
     for (const bool committed : {false, true}) {
       if (committed) memory_.commit();
       memory_.rewind();
-      tape_ = std::make_unique<Tape>(memory_, Tape::Options{.training = true});
+      tape_ = std::make_unique<Tape>(
+          memory_, Tape::Options{.dtype = choose_dtype("auto", s.on), .training = true});
       const Var qkv = tape_->var({B, N, width}), o = tape_->var({B, N, s.n_head * D});
       const auto heads = [&](const Tensor& t, int64_t first, int64_t count) {
         return t.slice(2, first * D, count * D).split(2, D).transpose(1, 2);
@@ -121,28 +219,34 @@ class Layer {
       const auto part = [&](const Var& x, int64_t first, int64_t count) {
         return Var{heads(x.value, first, count), heads(x.grad, first, count)};
       };
-      read_ = tape_->keep({s.n_kv_head, read_fields}, DType::f64);
+      const Tensor read = tape_->keep({s.n_kv_head, read_fields}, DType::f64);
       AttentionInput in{part(qkv, 0, s.n_head),
                         part(qkv, s.n_head, s.n_kv_head),
                         part(qkv, s.n_head + s.n_kv_head, s.n_kv_head),
                         {},
                         {},
-                        read_};
+                        read};
       for (const ParamSpec& spec : method_->params({s.n_head, s.n_kv_head, D})) {
-        in.params.push_back(tape_->var(spec.shape));
+        in.params.push_back(tape_->var(spec.shape, tape_->sum_dtype()));
       }
       method_->record(*tape_, in, part(o, 0, s.n_head));
-      if (committed) fill(qkv.value, o.grad);
+      if (!committed) continue;
+      fill(qkv.value, o.grad);
+      read_ = Mirror(read);
+      tape_->time_ops("");
     }
   }
 
   double density() {
-    std::fill_n(read_.ptr<double>(), read_.numel(), 0.0);
+    double* fields = read_.host().ptr<double>();
+    std::fill_n(fields, read_.host().numel(), 0.0);
+    read_.upload();
     tape_->forward();
+    read_.download();
     double pairs = 0, causal = 0;
-    for (int64_t j = 0; j < read_.numel(); j += read_fields) {
-      pairs += read_.ptr<double>()[j + read_pairs];
-      causal += read_.ptr<double>()[j + read_causal];
+    for (int64_t j = 0; j < read_.host().numel(); j += read_fields) {
+      pairs += fields[j + read_pairs];
+      causal += fields[j + read_causal];
     }
     return pairs / causal;
   }
@@ -159,9 +263,9 @@ class Layer {
 
   /// Forward and backward; seconds of the ops named so then stand in time().
   void run() {
-    tape_->clear_times();
     tape_->forward();
     tape_->backward();
+    if (tape_->device() == Device::cuda) gpu::synchronize();
   }
   double time(const char* op) const {
     const OpTime time = tape_->time(op);
@@ -174,24 +278,28 @@ class Layer {
     Rng rng(1, 0);
     const int64_t width = qkv[2];
     std::vector<float> shared(static_cast<size_t>(width));
+    Mirror inputs(qkv), gradients(dout);
+    float* x = inputs.host().ptr<float>();
     for (int64_t i = 0; i < qkv[0] * qkv[1]; ++i) {
       for (int64_t j = 0; j < width; ++j) {
         if (i % run == 0) shared[static_cast<size_t>(j)] = static_cast<float>(rng.normal());
-        qkv.ptr<float>()[i * width + j] =
-            shared[static_cast<size_t>(j)] + 0.6f * static_cast<float>(rng.normal());
+        *x++ = shared[static_cast<size_t>(j)] + 0.6f * static_cast<float>(rng.normal());
       }
     }
-    for (int64_t i = 0; i < dout.numel(); ++i)
-      dout.ptr<float>()[i] = static_cast<float>(rng.normal());
+    float* g = gradients.host().ptr<float>();
+    for (int64_t i = 0; i < dout.numel(); ++i) g[i] = static_cast<float>(rng.normal());
+    inputs.upload();
+    gradients.upload();
   }
 
   std::unique_ptr<AttentionMethod> method_;
   TapeMemory memory_;
   std::unique_ptr<Tape> tape_;
-  Tensor read_;
+  Mirror read_;
 };
 
-void bench_attention(const AttentionShape& s) {
+void bench_attention(AttentionShape s) {
+  s.on = choose_device(s.device);
   struct Row {
     Layer layer;
     double density;
@@ -218,10 +326,10 @@ void bench_attention(const AttentionShape& s) {
       row->router.push_back(router);
       row->of_full.push_back((engine + router) / full_time);
     }
-    rates.push_back(matmul_rate());
+    rates.push_back(matmul_rate(s.on));
   }
-  fmt::print("attention: batch {}, {}/{} heads of {}, {} tokens, chunk {}, {} threads\n", s.batch,
-             s.n_head, s.n_kv_head, s.head_dim, s.tokens, s.chunk, omp_get_max_threads());
+  fmt::print("attention: batch {}, {}/{} heads of {}, {} tokens, chunk {}, {}\n", s.batch, s.n_head,
+             s.n_kv_head, s.head_dim, s.tokens, s.chunk, where(s.on));
   fmt::print(
       "forward and backward, medians of {}; engine: attention over the chosen blocks, against time "
       "in proportion to density\n"
@@ -236,7 +344,7 @@ void bench_attention(const AttentionShape& s) {
                1e3 * median(row->router), median(row->of_full), engine / row->density / first,
                row->density * flops / engine / 1e9);
   }
-  fmt::print("float32 matrix product 1024^3: {:.1f} GFLOP/s\n", median(rates) / 1e9);
+  fmt::print("{}: {:.1f} GFLOP/s\n", matmul_name(s.on), median(rates) / 1e9);
 }
 
 }  // namespace
@@ -278,6 +386,8 @@ void add_bench(CLI::App& app) {
   train->add_option("--gamma", t->attention.gamma)
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
+  add_device(*train, t->device);
+  train->add_flag("--json", t->json, "one JSON object instead of text");
   train->add_flag("--recompute", t->recompute, "recompute activations per block");
   train->add_option("--repeats", t->repeats)->capture_default_str()->check(CLI::PositiveNumber);
   train->callback([t] { bench_train(*t); });
@@ -297,6 +407,7 @@ void add_bench(CLI::App& app) {
   attention->add_option("--density", a->densities, "one or more of DashAttention, reached by gamma")
       ->capture_default_str()
       ->check(CLI::Range(0.001, 1.0));
+  add_device(*attention, a->device);
   attention->add_option("--repeats", a->repeats)->capture_default_str()->check(CLI::PositiveNumber);
   attention->callback([a] { bench_attention(*a); });
 }

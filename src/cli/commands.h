@@ -14,6 +14,10 @@ enum ExitCode : int {
   stopped = 3,  // by a signal, after saving a checkpoint
 };
 
+/// --device, by default as the run says; the run's overrides with it.
+void add_device(CLI::App& app, std::string& device);
+std::vector<std::string> with_device(std::vector<std::string> overrides, const std::string& device);
+
 void add_train(CLI::App& app);
 void add_eval(CLI::App& app);
 void add_generate(CLI::App& app);

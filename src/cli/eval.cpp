@@ -12,6 +12,7 @@ struct Options {
   std::string run;
   std::vector<std::string> overrides;
   bool json = false;
+  std::string device;
 };
 
 void print_json(const RunEvaluation& evaluation) {
@@ -48,7 +49,8 @@ void print_text(const RunEvaluation& evaluation) {
 
 void run(const Options& options) {
   const std::unique_ptr<Comm> comm = make_comm();
-  const RunEvaluation evaluation = evaluate_run(options.run, options.overrides, *comm);
+  const RunEvaluation evaluation =
+      evaluate_run(options.run, with_device(options.overrides, options.device), *comm);
   if (comm->rank() != 0) return;
   options.json ? print_json(evaluation) : print_text(evaluation);
 }
@@ -63,6 +65,7 @@ void add_eval(CLI::App& app) {
       ->required();
   eval->add_option("overrides", options->overrides,
                    "section.key=value, in place of what the run was trained with");
+  add_device(*eval, options->device);
   eval->add_flag("--json", options->json, "one JSON object instead of text");
   eval->footer(
       "Examples:\n"

@@ -30,6 +30,7 @@ struct Options {
   int64_t tokens = 200;
   double temperature = 0.8, top_p = 0.95;
   uint64_t seed = 1;
+  std::string device;
 };
 
 /// Seconds since the last call.
@@ -86,7 +87,8 @@ double sum(Tensor read, ReadField field) {
 void run(const Options& options) {
   TokenChoice choice = make_choice(options);
   if (options.tokens < 1) throw ConfigError("--tokens must be at least 1");
-  const TrainedModel model(find_checkpoint(options.run), options.overrides, false);
+  const TrainedModel model(find_checkpoint(options.run),
+                           with_device(options.overrides, options.device), false);
   const Tokenizer tokenizer(model.store->tokenizer(), model.store->tokenizer_model());
   const int32_t end = tokenizer.end_of_document();
   std::vector<int32_t> prompt = tokenizer.encode(read_prompt(options));
@@ -112,7 +114,9 @@ void run(const Options& options) {
   }
   const double seconds = watch.lap();
 
-  const Tensor read = decoder->read();
+  Mirror counters(decoder->read());
+  counters.download();
+  const Tensor read = counters.host();
   fmt::print(stderr,
              "{}{} tokens{} in {:.2f} s, {:.1f} tokens/s, after {} of the prompt in {:.2f} s; "
              "density {:.4f}, router density {:.4f}\n",
@@ -151,6 +155,7 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   generate->add_option("--seed", options->seed, "the same seed draws the same text")
       ->capture_default_str();
+  add_device(*generate, options->device);
   generate->footer(
       "The text goes to standard output as it is made, without the prompt; speed and the share of\n"
       "the context that was read go to standard error at the end.\n\n"

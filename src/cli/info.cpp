@@ -6,6 +6,7 @@
 
 #include "cli/commands.h"
 #include "core/file.h"
+#include "core/gpu.h"
 #include "core/h5.h"
 #include "core/version.h"
 #include "data/token_store.h"
@@ -16,8 +17,14 @@ namespace entrain::cli {
 namespace {
 
 void show_program() {
-  fmt::print("entrain {}\nthreads {}\nfloat32 matrix product 1024^3: {:.0f} GFLOP/s\n",
-             code_version(), omp_get_max_threads(), matmul_rate() / 1e9);
+  fmt::print("entrain {}\nthreads {}\n{}: {:.0f} GFLOP/s\n", code_version(), omp_get_max_threads(),
+             matmul_name(Device::cpu), matmul_rate(Device::cpu) / 1e9);
+  if (!gpu::available()) return fmt::print("no GPU: {}\n", gpu::why_unavailable());
+  const gpu::Info gpu = gpu::info();
+  fmt::print("{}, compute capability {}.{}, {:.1f} GiB, {:.1f} free\n{}: {:.0f} GFLOP/s\n",
+             gpu.name, gpu.major, gpu.minor, static_cast<double>(gpu.total_bytes) / (1 << 30),
+             static_cast<double>(gpu.free_bytes) / (1 << 30), matmul_name(Device::cuda),
+             matmul_rate(Device::cuda) / 1e9);
 }
 
 void show_tokens(const std::string& path) {

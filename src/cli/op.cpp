@@ -8,6 +8,8 @@
 
 #include "cli/commands.h"
 #include "core/file.h"
+#include "train/config.h"
+#include "train/device.h"
 
 namespace entrain::cli {
 namespace {
@@ -17,14 +19,31 @@ const std::map<std::string, void (*)(Case&)> operations = {
     {"nsa", run_nsa},       {"infllmv2", run_infllmv2}, {"model", run_model}};
 
 struct Options {
-  std::string operation, in, out, device = "cpu", dtype = "f64";
+  std::string operation, in, out, device = "auto", dtype;
 };
+
+/// The type of the arithmetic; without a word, the definition's, or the GPU's likest.
+DType dtype_of(const Options& options, Device device) {
+  if (options.dtype == "f64") {
+    if (device == Device::cuda)
+      throw ConfigError("--dtype f64 is the CPU's; the GPU has f32 and bf16");
+    return DType::f64;
+  }
+  if (options.dtype == "bf16") {
+    if (device == Device::cpu)
+      throw ConfigError("--dtype bf16 is the GPU's; the CPU has f64 and f32");
+    return DType::bf16;
+  }
+  return options.dtype == "f32" || device == Device::cuda ? DType::f32 : DType::f64;
+}
 
 void run(const Options& options) {
   require(!std::filesystem::exists(options.out) ||
               !std::filesystem::equivalent(options.in, options.out),
           "--in and --out are the same file {}", options.in);
   require_replaceable(options.out);
+  const Device device = choose_device(options.device);
+  const DType dtype = dtype_of(options, device);
   const h5::File in = h5::File::open(options.in);
   const std::string partial = options.out + ".partial";
   const std::vector<std::string> groups = in.groups();
@@ -32,7 +51,7 @@ void run(const Options& options) {
   h5::File out = h5::File::create(partial);
   try {
     for (const std::string& group : groups) {
-      Case c(in, group, options.dtype == "f64" ? DType::f64 : DType::f32);
+      Case c(in, group, device, dtype);
       operations.at(options.operation)(c);
       c.write(out);
     }
@@ -60,11 +79,12 @@ void add_op(CLI::App& app) {
       ->required();
   op->add_option("--out", options->out, "gets out/* and, where in/dout is given, grad/*")
       ->required();
-  op->add_option("--device", options->device, "where to run")->check(CLI::IsMember({"cpu"}));
-  op->add_option("--dtype", options->dtype,
-                 "arithmetic: f64, the definition, or f32, what training uses")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"f32", "f64"}));
+  add_device(*op, options->device);
+  op->add_option(
+        "--dtype", options->dtype,
+        "arithmetic: f64, the definition (the CPU's default), f32 (the GPU's), or bf16, what "
+        "training uses on the GPU")
+      ->check(CLI::IsMember({"f64", "f32", "bf16"}));
   op->footer("Example: entrain op dash --in dash.h5 --out mine.h5");
   op->callback([options] { run(*options); });
 }

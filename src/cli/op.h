@@ -7,17 +7,22 @@
 
 #include "core/arena.h"
 #include "core/h5.h"
+#include "core/mirror.h"
+#include "core/tape.h"
 #include "kernels/kernels.h"
 
 namespace entrain::cli {
 
-/// One group: reads inputs and parameters, collects results and writes them.
+/// One group: reads inputs and parameters to the device, collects results and writes them.
 class Case {
  public:
-  Case(const h5::File& in, std::string group, DType real)
-      : real(real), in_(in), group_(std::move(group)) {}
+  Case(const h5::File& in, std::string group, Device device, DType real)
+      : device(device), real(real), in_(in), group_(std::move(group)) {}
 
+  const Device device;
   const DType real;  // type of the arithmetic
+  /// Of sums, norms and the like: f32 where the arithmetic is bf16.
+  DType sum_type() const { return real == DType::bf16 ? DType::f32 : real; }
 
   bool has(const std::string& name) const { return in_.has(group_ + "/in/" + name); }
   std::vector<std::string> inputs() const { return in_.datasets(group_ + "/in"); }
@@ -31,8 +36,20 @@ class Case {
     require(shape.numel() > 0 || may_be_empty, "{}: {} is empty, with shape {}", in_.path(), path,
             shape.to_string());
     const Tensor t = make(shape, dtype);
-    in_.read(path, t);
+    Mirror& mirror = mirror_of(t);
+    in_.read(path, mirror.host());
+    mirror.upload();
     return t;
+  }
+  /// What a tensor of this case holds, on the host.
+  Tensor host(Tensor t) {
+    mirror_of(t).download();
+    return mirror_of(t).host();
+  }
+  /// A result that the host writes.
+  Tensor host_result(const std::string& name, Shape shape, DType dtype) {
+    memory_.emplace_back(static_cast<size_t>(shape.numel()) * size_of(dtype), Device::cpu);
+    return results_[name] = Tensor::of(memory_.back().data(), shape, dtype);
   }
 
   double parameter(const std::string& name, double otherwise) const {
@@ -50,30 +67,37 @@ class Case {
 
   Tensor make(Shape shape) { return make(shape, real); }
   Tensor make(Shape shape, DType dtype) {
-    memory_.emplace_back(static_cast<size_t>(shape.numel()) * size_of(dtype), Device::cpu);
-    return Tensor::of(memory_.back().data(), shape, dtype);
+    memory_.emplace_back(static_cast<size_t>(shape.numel()) * size_of(dtype), device);
+    return Tensor::of(memory_.back().data(), shape, dtype, device);
   }
   Tensor result(const std::string& name, Shape shape) { return result(name, shape, real); }
   Tensor result(const std::string& name, Shape shape, DType dtype) {
     return results_[name] = make(shape, dtype);
   }
 
-  void write(h5::File& out) const {
+  void write(h5::File& out) {
     for (const auto& [name, value] : results_) {
-      out.write(group_ + "/" + name, value, h5::Pack::gzip);
+      out.write(group_ + "/" + name, host(value), h5::Pack::gzip);
     }
   }
 
  private:
   const h5::File& in_;
   std::string group_;
+  Mirror& mirror_of(Tensor t) {
+    const auto [it, fresh] = mirrors_.try_emplace(t.data);
+    if (fresh) it->second = Mirror(t);
+    return it->second;
+  }
+
   std::vector<Buffer> memory_;
+  std::map<void*, Mirror> mirrors_;
   std::map<std::string, Tensor> results_;
 };
 
 /// The attributes block, topk, init_blocks, local_blocks, l and d, otherwise the papers' values.
 BlockSelection read_selection(const Case& c);
-/// out/selected: which of M blocks each query of mask [B, Hkv, N, words] attends.
+/// out/selected: which of M blocks each query of mask [B, Hkv, N, words], on the host, attends.
 void write_selected(Case& c, Tensor mask, int64_t M);
 /// out/density, of what a forward pass read.
 void write_density(Case& c, Tensor read);

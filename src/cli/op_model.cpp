@@ -6,12 +6,6 @@
 #include "model/decoder.h"
 
 namespace entrain::cli {
-namespace {
-
-const Kernels<Device::cpu> kernels;
-
-}  // namespace
-
 /// A small decoder whose parameters are inputs under their Hugging Face names.
 void run_model(Case& c) {
   auto whole = [&](const char* name) { return static_cast<int>(c.required(name)); };
@@ -65,25 +59,26 @@ void run_model(Case& c) {
                targets = c.input("targets", DType::i32, 2);
   require(tokens.shape == targets.shape, "{}: tokens {} and targets {} differ in shape", c.where(),
           tokens.shape.to_string(), targets.shape.to_string());
-  for (int64_t i = 0; i < tokens.numel(); ++i) {
-    for (const Tensor& t : {tokens, targets}) {
-      require(t.ptr<int32_t>()[i] >= 0 && t.ptr<int32_t>()[i] < model.vocab,
-              "{}: token id {} is beyond the vocabulary of {}", c.where(), t.ptr<int32_t>()[i],
-              model.vocab);
+  for (const Tensor& t : {tokens, targets}) {
+    const int32_t* ids = c.host(t).ptr<int32_t>();
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      require(ids[i] >= 0 && ids[i] < model.vocab, "{}: token id {} is beyond the vocabulary of {}",
+              c.where(), ids[i], model.vocab);
     }
   }
-  Decoder decoder(model, attention, tokens[1], 0, true, Device::cpu, c.real);
+  Decoder decoder(model, attention, tokens[1], 0, true, c.device, c.real);
   for (const Param& p : decoder.params().all()) {
-    const Tensor value = c.input(p.name, c.real, p.value.shape.rank);
+    const Tensor value = c.input(p.name, c.sum_type(), p.value.shape.rank);
     require(value.shape == p.value.shape, "{}: in/{} is {}, not {}", c.where(), p.name,
             value.shape.to_string(), p.value.shape.to_string());
-    kernels.copy(value, p.value);
+    copy(value, p.value);
   }
+  decoder.params().round();
 
   const int64_t T = tokens.numel();
   Tensor loss, logits;
   auto run = [&](Tape::Options options, auto build) {
-    TapeMemory memory(Device::cpu);
+    TapeMemory memory(c.device);
     for (const bool committed : {false, true}) {
       if (committed) memory.commit();
       Tape tape(memory, options);
@@ -91,13 +86,12 @@ void run_model(Case& c) {
       if (!committed) continue;
       tape.forward();
       if (options.training) tape.backward();
-      if (logits) kernels.copy(logits, c.result("out/logits", {tokens[0], tokens[1], model.vocab}));
+      if (logits) copy(logits, c.result("out/logits", {tokens[0], tokens[1], model.vocab}));
       if (!loss) continue;
-      double sum = 0;
-      for (int64_t i = 0; i < T; ++i) {
-        sum += c.real == DType::f64 ? loss.ptr<double>()[i] : loss.ptr<float>()[i];
-      }
-      c.result("out/loss", {1}, DType::f64).ptr<double>()[0] = sum / static_cast<double>(T);
+      const Tensor sum = c.make({1}, DType::f64);
+      with_kernels(c.device, [&](auto kernels) { kernels.add_sum(loss, sum); });
+      c.host_result("out/loss", {1}, DType::f64).ptr<double>()[0] =
+          *c.host(sum).ptr<double>() / static_cast<double>(T);
     }
   };
   run({.dtype = c.real}, [&](Tape& tape) { logits = decoder.logits(tape, tokens); });
@@ -105,7 +99,7 @@ void run_model(Case& c) {
   run({.dtype = c.real, .training = true},
       [&](Tape& tape) { loss = decoder.loss(tape, tokens, targets, 1 / static_cast<double>(T)); });
   for (const Param& p : decoder.params().all()) {
-    kernels.copy(p.grad, c.result("grad/" + p.name, p.value.shape));
+    copy(p.grad, c.result("grad/" + p.name, p.value.shape, c.sum_type()));
   }
 }
 

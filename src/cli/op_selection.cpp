@@ -23,7 +23,7 @@ BlockSelection read_selection(const Case& c) {
 }
 
 void write_selected(Case& c, Tensor mask, int64_t M) {
-  const Tensor selected = c.result("out/selected", {mask[0], mask[1], mask[2], M}, DType::u8);
+  const Tensor selected = c.host_result("out/selected", {mask[0], mask[1], mask[2], M}, DType::u8);
   for (int64_t i = 0; i < selected.numel() / M; ++i) {
     const uint64_t* words = mask.ptr<uint64_t>() + i * mask[3];
     for (int64_t j = 0; j < M; ++j) {
@@ -34,11 +34,12 @@ void write_selected(Case& c, Tensor mask, int64_t M) {
 
 void write_density(Case& c, Tensor read) {
   double pairs = 0, causal = 0;
-  for (int64_t r = 0; r < read[0]; ++r) {
-    pairs += read.ptr<double>()[r * read_fields + read_pairs];
-    causal += read.ptr<double>()[r * read_fields + read_causal];
+  const double* fields = c.host(read).ptr<double>();
+  for (int64_t r = 0; r < read[0]; ++r, fields += read_fields) {
+    pairs += fields[read_pairs];
+    causal += fields[read_causal];
   }
-  c.result("out/density", {1}, DType::f64).ptr<double>()[0] = pairs / causal;
+  c.host_result("out/density", {1}, DType::f64).ptr<double>()[0] = pairs / causal;
 }
 
 void run_nsa(Case& c) {
@@ -81,7 +82,7 @@ void run_nsa(Case& c) {
             o.grad.shape.to_string(), queries.to_string());
   }
 
-  TapeMemory memory(Device::cpu);
+  TapeMemory memory(c.device);
   for (const bool committed : {false, true}) {
     if (committed) memory.commit();
     Tape tape(memory, {.dtype = c.real, .training = training});
@@ -89,7 +90,9 @@ void run_nsa(Case& c) {
     if (!committed) continue;
     tape.forward();
     tape.backward();
-    write_selected(c, mask, (N + selection.block - 1) / selection.block);
+    Mirror chosen(mask);
+    chosen.download();
+    write_selected(c, chosen.host(), (N + selection.block - 1) / selection.block);
   }
   write_density(c, in.read);
 }

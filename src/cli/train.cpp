@@ -13,13 +13,16 @@ struct Options {
   std::string config;
   std::vector<std::string> overrides;
   bool resume = false;
+  std::string device;
 };
 
 void run(const Options& options) {
   install_signal_handlers();
   std::unique_ptr<Comm> comm = make_comm();
   RunConfig config;
-  together(*comm, [&] { config = load_config(options.config, options.overrides); });
+  together(*comm, [&] {
+    config = load_config(options.config, with_device(options.overrides, options.device));
+  });
   together(*comm, [&] { require_same(*comm, "configuration", to_yaml(config)); });
   together(*comm, [&] {
     require_same(*comm, "command line", options.resume ? "--resume" : "no --resume");
@@ -40,6 +43,7 @@ void add_train(CLI::App& app) {
   train->add_flag(
       "--resume", options->resume,
       "go on from the newest valid checkpoint in run.dir, or start where there is none");
+  add_device(*train, options->device);
   train->footer(
       "Examples:\n"
       "  entrain train configs/cpu-small.yaml train.steps=100 run.dir=runs/first\n"

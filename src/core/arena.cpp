@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "core/gpu.h"
+
 namespace entrain {
 namespace {
 
@@ -18,8 +20,11 @@ size_t round_up(size_t bytes) {
 }  // namespace
 
 Buffer::Buffer(size_t bytes, Device device) : bytes_(bytes), device_(device) {
-  require(device == Device::cpu, "this build has no CUDA");
   if (bytes == 0) return;
+  if (device == Device::cuda) {
+    data_ = gpu::allocate(bytes);
+    return;
+  }
   data_ = std::aligned_alloc(alignment, round_up(bytes));
   if (!data_) {
     throw OutOfMemory(fmt::format("out of memory: {:.2f} GiB were asked for at once",
@@ -29,7 +34,7 @@ Buffer::Buffer(size_t bytes, Device device) : bytes_(bytes), device_(device) {
 }
 
 Buffer::~Buffer() {
-  std::free(data_);
+  device_ == Device::cuda ? gpu::release(data_) : std::free(data_);
 }
 
 Buffer::Buffer(Buffer&& other) noexcept {
@@ -41,6 +46,16 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(bytes_, other.bytes_);
   std::swap(device_, other.device_);
   return *this;
+}
+
+void zero(const Tensor& t) {
+  t.device == Device::cuda ? gpu::zero(t.data, t.bytes())
+                           : static_cast<void>(std::memset(t.data, 0, t.bytes()));
+}
+
+void copy(const Tensor& from, const Tensor& to) {
+  to.device == Device::cuda ? gpu::copy(to.data, from.data, to.bytes())
+                            : static_cast<void>(std::memcpy(to.data, from.data, to.bytes()));
 }
 
 Tensor Arena::alloc(Shape shape, DType dtype) {

@@ -2,6 +2,7 @@
 // Memory of a run. A Buffer owns one allocation; an Arena hands out parts of one, in stack order.
 #include <cstddef>
 
+#include "core/error.h"
 #include "core/tensor.h"
 
 namespace entrain {
@@ -25,6 +26,10 @@ class Buffer {
   Device device_ = Device::cpu;
 };
 
+/// Of contiguous tensors, where they live and in the order of that device's work.
+void zero(const Tensor& t);
+void copy(const Tensor& from, const Tensor& to);
+
 /// A stack of tensors. Until commit() it only counts, so a graph built once on an uncommitted arena
 /// tells its peak memory before anything is allocated; built again after commit() in the same order
 /// it gets the same offsets, and real memory behind them.
@@ -35,6 +40,7 @@ class Arena {
   /// A contiguous tensor; aligned to 256 bytes.
   Tensor alloc(Shape shape, DType dtype = DType::f32);
 
+  Device device() const { return device_; }
   size_t mark() const { return top_; }
   /// Gives back everything allocated since mark().
   void release(size_t mark) { top_ = mark; }

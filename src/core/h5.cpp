@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/error.h"
+
 namespace entrain::h5 {
 namespace {
 
@@ -95,6 +97,8 @@ hid_t native(DType type) {
       return H5T_NATIVE_UINT32;
     case DType::u64:
       return H5T_NATIVE_UINT64;
+    case DType::bf16:
+      break;  // files hold it as f32
   }
   return H5I_INVALID_HID;
 }

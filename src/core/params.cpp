@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/gpu.h"
+#include "core/mirror.h"
 #include "core/rng.h"
 
 namespace entrain {
@@ -14,29 +16,43 @@ uint64_t hash(const std::string& name) {
   return h;
 }
 
+/// Where the parameter after one at `at` begins. Matrices follow each other without a gap, so that
+/// some can be one product; after vectors, the next is aligned as a product wants it.
+int64_t after(int64_t at, const ParamSpec& spec) {
+  constexpr int64_t alignment = 64;
+  at += spec.shape.numel();
+  return spec.shape.rank > 1 ? at : (at + alignment - 1) / alignment * alignment;
+}
+
 }  // namespace
 
 Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device,
                DType dtype) {
   int64_t total = 0;
-  for (const ParamSpec& spec : specs) total += spec.shape.numel();
+  for (const ParamSpec& spec : specs) {
+    total = after(total, spec);
+    numel_ += spec.shape.numel();
+  }
+  const auto make = [&](Buffer& memory, DType type) {
+    memory = Buffer(static_cast<size_t>(total) * size_of(type), device);
+    return Tensor::of(memory.data(), {total}, type, device);
+  };
+  const DType wide = dtype == DType::bf16 ? DType::f32 : dtype;
   Tensor* flat[] = {&values_, &grads_, &m_, &v_};
-  for (int i = 0; i < (training ? 4 : 1); ++i) {
-    memory_[i] = Buffer(static_cast<size_t>(total) * size_of(dtype), device);
-    *flat[i] = Tensor::of(memory_[i].data(), {total}, dtype, device);
-  }
-  if (training) {
-    decays_memory_ = Buffer(static_cast<size_t>(total), device);
-    decays_ = Tensor::of(decays_memory_.data(), {total}, DType::u8, device);
-  }
+  for (int i = 0; i < (training ? 4 : 1); ++i) *flat[i] = make(memory_[i], wide);
+  if (training) decays_ = make(decays_memory_, DType::u8);
+  if (dtype == DType::bf16) rounded_ = make(rounded_memory_, DType::bf16);
+
+  Mirror values(values_), decays(decays_);
   int64_t at = 0;
   for (const ParamSpec& spec : specs) {
     const int64_t n = spec.shape.numel();
     auto window = [&](const Tensor& t) {
       return t ? t.slice(0, at, n).view(spec.shape) : Tensor{};
     };
-    params_.push_back({spec.name, window(values_), window(grads_), window(m_), window(v_),
-                       spec.decay, spec.adopt});
+    params_.push_back({spec.name, window(values_),
+                       spec.shape.rank > 1 ? window(rounded_) : Tensor{}, window(grads_),
+                       window(m_), window(v_), spec.decay, spec.adopt});
     Rng rng(seed, hash(spec.name));
     auto fill = [&](auto* value) {
       for (int64_t i = 0; i < n; ++i) {
@@ -44,11 +60,19 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
         value[i] = static_cast<std::remove_reference_t<decltype(*value)>>(spec.init_mean + noise);
       }
     };
-    const Tensor value = params_.back().value;
-    dtype == DType::f64 ? fill(value.ptr<double>()) : fill(value.ptr<float>());
-    if (training) std::fill_n(decays_.ptr<uint8_t>() + at, n, spec.decay ? 1 : 0);
-    at += n;
+    const Tensor host = values.host();
+    wide == DType::f64 ? fill(host.ptr<double>() + at) : fill(host.ptr<float>() + at);
+    if (training) std::fill_n(decays.host().ptr<uint8_t>() + at, n, spec.decay ? 1 : 0);
+    at = after(at, spec);
   }
+  values.upload();
+  decays.upload();
+  round();
+}
+
+void Params::round() {
+  if (rounded_)
+    gpu::round_to_bf16(rounded_.data, values_.data, static_cast<size_t>(values_.numel()));
 }
 
 const Param& Params::get(const std::string& name) const {
@@ -59,9 +83,9 @@ const Param& Params::get(const std::string& name) const {
 }
 
 Tensor Params::grads(size_t first, size_t count) const {
-  int64_t n = 0;
-  for (size_t i = first; i < first + count; ++i) n += params_[i].grad.numel();
-  const Tensor& begin = params_[first].grad;
+  const Tensor &begin = params_[first].grad, &last = params_[first + count - 1].grad;
+  const auto distance = static_cast<const char*>(last.data) - static_cast<const char*>(begin.data);
+  const int64_t n = distance / static_cast<int64_t>(size_of(begin.dtype)) + last.numel();
   return Tensor::of(begin.data, {n}, begin.dtype, begin.device);
 }
 
@@ -74,8 +98,8 @@ Param Params::packed(const std::string& first, int count) const {
   auto widen = [&](const Tensor& t) {
     return t ? Tensor::of(t.data, shape, t.dtype, t.device) : Tensor{};
   };
-  return {first, widen(begin.value), widen(begin.grad), widen(begin.m), widen(begin.v), begin.decay,
-          {}};
+  return {first,          widen(begin.value), widen(begin.rounded), widen(begin.grad),
+          widen(begin.m), widen(begin.v),     begin.decay,          {}};
 }
 
 }  // namespace entrain

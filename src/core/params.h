@@ -1,7 +1,7 @@
 #pragma once
 // All parameters of a model in four flat buffers (values, gradients, both moments), so that
 // clipping, AdamW and communication run over a few long vectors. A Param is a named window into
-// each.
+// each. Where activations are bf16, a fifth holds the values rounded, which products read.
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,13 +20,14 @@ struct Adopt {
 
 struct Param {
   std::string name;            // Hugging Face's Llama name
-  Tensor value;                // f32
+  Tensor value;                // f32 where activations are bf16, otherwise their type
+  Tensor rounded;              // bf16, for matrices where activations are; otherwise empty
   Tensor grad;                 // accumulated with +=, cleared by the optimizer
   Tensor m, v;                 // AdamW's first and second moment
   bool decay = true;           // weight decay applies
   std::optional<Adopt> adopt;  // none: it starts as in any new model
 
-  Var var() const { return {value, grad}; }
+  Var var() const { return {rounded ? rounded : value, grad}; }
 };
 
 /// What to create: shape and how it starts.
@@ -42,7 +43,8 @@ struct ParamSpec {
 class Params {
  public:
   /// Creates all parameters in order, each initialised from (seed, its name), so that models that
-  /// share a name and shape share the values. Without moments where training is not wanted.
+  /// share a name and shape share the values. Without moments where training is not wanted. dtype:
+  /// of activations.
   Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device,
          DType dtype = DType::f32);
 
@@ -53,19 +55,23 @@ class Params {
   /// matrix [sum out_i, in]: q, k and v (gate and up) are multiplied in one product.
   Param packed(const std::string& first, int count) const;
 
-  int64_t numel() const { return values_.numel(); }
-  Tensor values() const { return values_; }  // flat
+  int64_t numel() const { return numel_; }
+  Tensor values() const { return values_; }  // flat, with gaps of zeros
   Tensor grads() const { return grads_; }
   /// The gradients of parameters [first, first + count), in order of creation, as one flat tensor.
   Tensor grads(size_t first, size_t count) const;
   Tensor m() const { return m_; }
   Tensor v() const { return v_; }
-  Tensor decays() const { return decays_; }  // u8: 1 where weight decay applies
+  Tensor decays() const { return decays_; }    // u8: 1 where weight decay applies
+  Tensor rounded() const { return rounded_; }  // flat, or empty
+  /// Rounds the values again: after they were written by others than AdamW.
+  void round();
 
  private:
-  Buffer memory_[4], decays_memory_;
-  Tensor values_, grads_, m_, v_, decays_;
+  Buffer memory_[4], decays_memory_, rounded_memory_;
+  Tensor values_, grads_, m_, v_, decays_, rounded_;
   std::vector<Param> params_;
+  int64_t numel_ = 0;
 };
 
 }  // namespace entrain

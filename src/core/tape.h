@@ -1,13 +1,18 @@
 #pragma once
 // The tape records a computation once and runs it every step: each op adds one entry with a forward
-// and a backward closure over tensors whose addresses never change. Recording on memory that is not
-// committed yet predicts its size; nothing is allocated when the tape runs.
+// and a backward closure over tensors whose addresses never change. Closures take the kernels of
+// the tape's device. Recording on memory that is not committed yet predicts its size; nothing is
+// allocated when the tape runs.
 #include <functional>
+#include <map>
 #include <string>
 #include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/arena.h"
+#include "core/stopwatch.h"
 
 namespace entrain {
 
@@ -21,6 +26,7 @@ struct Var {
 struct TapeMemory {
   explicit TapeMemory(Device device) : values(device), grads(device), scratch(device) {}
 
+  Device device() const { return values.device(); }
   size_t peak() const { return values.peak() + grads.peak() + scratch.peak(); }
   void commit();  // allocate what was counted
   void rewind();  // the next tape starts from the bottom
@@ -28,7 +34,7 @@ struct TapeMemory {
   Arena values, grads, scratch;
 };
 
-/// Seconds that ops have taken. Forward runs that recompute count as forward.
+/// Seconds of ops. Forward runs that recompute count as forward.
 struct OpTime {
   double forward = 0, backward = 0;
 };
@@ -46,10 +52,14 @@ class Tape {
   Tape& operator=(const Tape&) = delete;
 
   bool training() const { return options_.training; }
+  Device device() const { return memory_.device(); }
   DType dtype() const { return options_.dtype; }
+  /// Of sums, norms and the like: f32 where activations are bf16.
+  DType sum_dtype() const { return dtype() == DType::bf16 ? DType::f32 : dtype(); }
 
   /// An activation. Its gradient is written once, by the backward of its one consumer.
-  Var var(Shape shape);
+  Var var(Shape shape) { return var(shape, dtype()); }
+  Var var(Shape shape, DType dtype);
   /// An activation with several consumers: its gradient starts at 0 and they add to it.
   Var shared_var(Shape shape);
   /// Kept from forward to backward, and after it where no block that is recomputed came before.
@@ -62,9 +72,13 @@ class Tape {
 
   /// Adds an op. `value` is what forward writes, `grad` and `more_grads` (of weights, of further
   /// inputs) what the op writes or adds to on the way back: what first_non_finite() looks at. Each
-  /// may be empty.
-  void record(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
-              std::function<void()> backward = {}, std::vector<Tensor> more_grads = {});
+  /// may be empty. forward and backward take the kernels of the tape's device, or nothing.
+  template <class Forward, class Backward = std::nullptr_t>
+  void record(const std::string& name, Tensor value, Tensor grad, Forward forward,
+              Backward backward = {}, std::vector<Tensor> more_grads = {}) {
+    add(name, value, grad, bind(std::move(forward)), bind(std::move(backward)),
+        std::move(more_grads));
+  }
 
   /// Records body(x) as a unit of memory: what it allocates is given back for the next block where
   /// the mode allows, and only its result stays. The result must share x's gradient, as the
@@ -80,9 +94,13 @@ class Tape {
   void forward();
   void backward();
 
-  /// What the ops with `part` in their name have taken since clear_times().
+  /// Times the ops with `part` in their name ("": all) from the next forward() on.
+  void time_ops(std::string_view part);
+  /// What the timed ops with `part` in their name took in the last forward() and backward(). On the
+  /// GPU these must be done.
   OpTime time(std::string_view part) const;
-  void clear_times();
+  /// The same for all timed ops, by their names without scopes.
+  std::map<std::string, OpTime> times() const;
 
   /// Runs forward and backward op by op and names the first that writes a NaN or an infinity; "" if
   /// none. Gradients of weights are added to as ever: what they hold before counts.
@@ -94,9 +112,22 @@ class Tape {
     Tensor value;
     std::vector<Tensor> grads;
     std::function<void()> forward, backward;
-    OpTime time;
+    bool timed = false;
+    Stopwatch forward_time, backward_time;
   };
 
+  template <class F>
+  std::function<void()> bind(F f) const {
+    if constexpr (std::is_same_v<F, std::nullptr_t>) {
+      return {};
+    } else if constexpr (std::is_invocable_v<F>) {
+      return f;
+    } else {  // with_kernels() is kernels/kernels.h's, which those who pass such an f include
+      return [f = std::move(f), device = device()] { with_kernels(device, f); };
+    }
+  }
+  void add(const std::string& name, Tensor value, Tensor grad, std::function<void()> forward,
+           std::function<void()> backward, std::vector<Tensor> more_grads);
   void run_forward(size_t begin, size_t end);
   void clear_grads();
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "core/error.h"
+
 namespace entrain {
 
 size_t size_of(DType type) {
@@ -11,6 +13,7 @@ size_t size_of(DType type) {
     case DType::u8:
       return 1;
     case DType::u16:
+    case DType::bf16:
       return 2;
     case DType::f32:
     case DType::i32:
@@ -29,6 +32,8 @@ const char* name_of(DType type) {
       return "f32";
     case DType::f64:
       return "f64";
+    case DType::bf16:
+      return "bf16";
     case DType::i32:
       return "i32";
     case DType::u8:
@@ -56,6 +61,10 @@ int64_t Shape::numel() const {
 
 std::string Shape::to_string() const {
   return fmt::format("[{}]", fmt::join(extent.begin(), extent.begin() + rank, ", "));
+}
+
+void Tensor::fail_as_read(DType type) const {
+  fail("tensor of {} read as {}", name_of(dtype), name_of(type));
 }
 
 Tensor Tensor::of(void* data, Shape shape, DType dtype, Device device) {

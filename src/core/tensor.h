@@ -7,12 +7,15 @@
 #include <initializer_list>
 #include <string>
 
-#include "core/error.h"
-
 namespace entrain {
 
 enum class Device : uint8_t { cpu, cuda };
-enum class DType : uint8_t { f32, f64, i32, u8, u16, u32, u64 };
+enum class DType : uint8_t { f32, f64, bf16, i32, u8, u16, u32, u64 };
+
+/// bf16 where no code computes with it: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
 
 size_t size_of(DType type);
 const char* name_of(DType type);
@@ -26,6 +29,10 @@ constexpr DType dtype_of<float>() {
 template <>
 constexpr DType dtype_of<double>() {
   return DType::f64;
+}
+template <>
+constexpr DType dtype_of<BFloat16>() {
+  return DType::bf16;
 }
 template <>
 constexpr DType dtype_of<int32_t>() {
@@ -83,10 +90,11 @@ struct Tensor {
 
   template <class T>
   T* ptr() const {
-    require(dtype == dtype_of<T>(), "tensor of {} read as {}", name_of(dtype),
-            name_of(dtype_of<T>()));
+    if (dtype != dtype_of<T>()) fail_as_read(dtype_of<T>());
     return static_cast<T*>(data);
   }
+
+  [[noreturn]] void fail_as_read(DType type) const;  // not inline: nvcc cannot read fmt's formats
 
   /// The same elements under another shape; the tensor must be contiguous.
   Tensor view(Shape shape) const;

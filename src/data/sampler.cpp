@@ -3,6 +3,7 @@
 #include <numeric>
 #include <utility>
 
+#include "core/error.h"
 #include "core/rng.h"
 
 namespace entrain {

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/error.h"
 #include "core/h5.h"
 #include "data/token_format.h"
 

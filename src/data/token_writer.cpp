@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/error.h"
 #include "core/file.h"
 #include "core/h5.h"
 #include "data/token_format.h"

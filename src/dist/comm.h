@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "core/error.h"
 #include "core/tensor.h"
 
 namespace entrain {

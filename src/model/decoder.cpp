@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/mirror.h"
 #include "ops/ops.h"
 
 namespace entrain {
@@ -68,9 +69,9 @@ Var view(Var x, Shape shape) {
 
 /// Records that new rows [1, H, n, width] join those in the cache, and gives it in their place.
 Var append(Tape& tape, Var rows, Tensor cache, const int64_t* first) {
-  const Kernels<Device::cpu> k;
-  tape.record("cache", {}, {},
-              [=, rows = rows.value] { k.copy_rows(rows, cache.slice(2, *first, rows[2])); });
+  tape.record("cache", {}, {}, [=, rows = rows.value](auto k) {
+    k.copy_rows(rows, cache.slice(2, *first, rows[2]));
+  });
   return {cache, {}};
 }
 
@@ -83,21 +84,22 @@ HeadShape heads_of(const ModelConfig& c) {
 Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
                  uint64_t seed, bool training, Device device, DType dtype)
     : config_(model),
+      dtype_(dtype),
       attention_(make_attention(attention)),
       projections_(attention_->projections(heads_of(model))),
       extra_(attention_->params(heads_of(model))),
       params_(decoder_params(model, projections_, extra_), seed, training, device, dtype),
       params_per_layer_(9 + projections_.size() + extra_.size()) {
-  const Shape table{max_tokens, model.head_dim};
-  rope_memory_ = Buffer(static_cast<size_t>(table.numel()) * size_of(dtype), device);
-  cos_sin_ = Tensor::of(rope_memory_.data(), table, dtype, device);
-  ops::rope_table(cos_sin_, model.rope_theta);
-  const Shape read{model.n_layer, model.n_kv_head, read_fields};
-  read_memory_ = Buffer(static_cast<size_t>(read.numel()) * sizeof(double), device);
-  read_ = Tensor::of(read_memory_.data(), read, DType::f64, device);
-  const Shape entropy{max_tokens, entropy_fields};
-  entropy_memory_ = Buffer(static_cast<size_t>(entropy.numel()) * sizeof(double), device);
-  entropy_ = Tensor::of(entropy_memory_.data(), entropy, DType::f64, device);
+  const auto make = [&](Buffer& memory, Shape shape, DType type) {
+    memory = Buffer(static_cast<size_t>(shape.numel()) * size_of(type), device);
+    return Tensor::of(memory.data(), shape, type, device);
+  };
+  cos_sin_ = make(rope_memory_, {max_tokens, model.head_dim}, params_.values().dtype);
+  read_ = make(read_memory_, {model.n_layer, model.n_kv_head, read_fields}, DType::f64);
+  entropy_ = make(entropy_memory_, {max_tokens, entropy_fields}, DType::f64);
+  Mirror cos_sin(cos_sin_);
+  ops::rope_table(cos_sin.host(), model.rope_theta);
+  cos_sin.upload();
 }
 
 Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N,
@@ -144,11 +146,11 @@ Var Decoder::layer(Tape& tape, int64_t index, Var x, int64_t B, int64_t N,
   tape.scope("attention", [&] {
     attention_->record(tape, in, heads(view(o, {B, N, Hq * D}), 0, Hq, D));
   });
-  x = ops::residual(tape, x, ops::linear(tape, o, weight("self_attn.o_proj.weight")));
+  x = ops::add_linear(tape, x, o, weight("self_attn.o_proj.weight"));
 
   h = ops::rmsnorm(tape, x, weight("post_attention_layernorm.weight"), config_.norm_eps);
   h = ops::swiglu(tape, ops::linear(tape, h, packed("mlp.gate_proj.weight", 2)));
-  return ops::residual(tape, x, ops::linear(tape, h, weight("mlp.down_proj.weight")));
+  return ops::add_linear(tape, x, h, weight("mlp.down_proj.weight"));
 }
 
 Var Decoder::head() const {
@@ -180,7 +182,7 @@ Var Decoder::hidden(Tape& tape, Tensor tokens, const GradsFinal& grads_final, De
 Tensor Decoder::loss(Tape& tape, Tensor tokens, Tensor targets, double scale,
                      const GradsFinal& grads_final, Tensor predicted) {
   // Kept below the blocks: what comes after them is overwritten when backward recomputes them.
-  const Tensor loss = tape.keep({targets.numel()});
+  const Tensor loss = tape.keep({targets.numel()}, tape.sum_dtype());
   const Var x = hidden(tape, tokens, grads_final);
   ops::head_loss(tape, x, head(), targets.view({targets.numel()}), scale, loss,
                  predicted ? predicted.view({predicted.numel()}) : Tensor{});
@@ -202,10 +204,9 @@ int64_t Decoder::products(int64_t tokens) const {
 DecoderCache Decoder::make_cache(int64_t tokens) const {
   require(tokens <= cos_sin_[0], "a cache of {} tokens; the decoder was made for {}", tokens,
           cos_sin_[0]);
-  DecoderCache cache;
-  const DType real = params_.values().dtype;
+  DecoderCache cache(device());
   const auto rows = [&](int64_t heads, int64_t width) {
-    return cache.memory.alloc({1, heads, tokens, width}, real);
+    return cache.memory.alloc({1, heads, tokens, width}, dtype_);
   };
   for (const bool committed : {false, true}) {
     if (committed) cache.memory.commit();
@@ -217,7 +218,7 @@ DecoderCache Decoder::make_cache(int64_t tokens) const {
       for (const Projection& x : projections_) {
         layer.projected.push_back(x.cached ? rows(x.heads, x.width) : Tensor{});
       }
-      for (const CacheSpec& x : attention_->cache(heads_of(config_), tokens, real)) {
+      for (const CacheSpec& x : attention_->cache(heads_of(config_), tokens, dtype_)) {
         layer.own.push_back(cache.memory.alloc(x.shape, x.dtype));
       }
     }

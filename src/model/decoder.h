@@ -13,6 +13,8 @@ namespace entrain {
 
 /// What decoding one sequence keeps of its tokens.
 struct DecoderCache {
+  explicit DecoderCache(Device device) : memory(device) {}
+
   struct Layer {
     Tensor k, v;                    // [1, Hkv, tokens, D]
     std::vector<Tensor> projected;  // of the method's projections: those that are cached, or empty
@@ -22,7 +24,7 @@ struct DecoderCache {
   int64_t capacity = 0;  // tokens
   int64_t tokens = 0;    // so far: the next goes there
   std::vector<Layer> layers;
-  Arena memory{Device::cpu};
+  Arena memory;
 };
 
 class Decoder {
@@ -35,6 +37,8 @@ class Decoder {
 
   const ModelConfig& config() const { return config_; }
   Params& params() { return params_; }
+  Device device() const { return params_.values().device; }
+  DType dtype() const { return dtype_; }  // of activations
   AttentionMethod& attention() { return *attention_; }
   /// What attention has read since last cleared: f64 [n_layer, Hkv, read_fields].
   Tensor read() const { return read_; }
@@ -68,6 +72,7 @@ class Decoder {
   Var head() const;
 
   ModelConfig config_;
+  DType dtype_;
   std::unique_ptr<AttentionMethod> attention_;
   std::vector<Projection> projections_;  // the method's, of each layer
   std::vector<ParamSpec> extra_;         // its other parameters

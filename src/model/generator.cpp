@@ -10,7 +10,7 @@ constexpr int64_t piece_sizes[] = {64, 8, 1};  // a tape each, largest first
 }  // namespace
 
 Generator::Generator(Decoder& decoder, int64_t capacity)
-    : cache_(decoder.make_cache(capacity)), memory_(Device::cpu) {
+    : cache_(decoder.make_cache(capacity)), memory_(decoder.device()) {
   for (const bool committed : {false, true}) {
     if (committed) memory_.commit();
     pieces_.clear();
@@ -18,10 +18,9 @@ Generator::Generator(Decoder& decoder, int64_t capacity)
       if (size > capacity) continue;
       memory_.rewind();
       Piece& piece = pieces_.emplace_back();
-      piece.tape =
-          std::make_unique<Tape>(memory_, Tape::Options{.dtype = decoder.params().values().dtype});
-      piece.tokens = piece.tape->keep({1, size}, DType::i32);
-      piece.logits = decoder.decode(*piece.tape, piece.tokens, cache_);
+      piece.tape = std::make_unique<Tape>(memory_, Tape::Options{.dtype = decoder.dtype()});
+      piece.tokens = Mirror(piece.tape->keep({1, size}, DType::i32));
+      piece.logits = Mirror(decoder.decode(*piece.tape, piece.tokens.tensor(), cache_));
     }
   }
 }
@@ -31,16 +30,18 @@ Tensor Generator::append(std::span<const int32_t> tokens) {
   require(!tokens.empty() && std::ssize(tokens) <= room,
           "{} tokens to append to {} where {} is the most", tokens.size(), cache_.tokens,
           cache_.capacity);
-  Tensor logits;
-  for (const Piece& piece : pieces_) {
-    const auto size = static_cast<size_t>(piece.tokens[1]);
+  Piece* last = nullptr;
+  for (Piece& piece : pieces_) {
+    const auto size = static_cast<size_t>(piece.tokens.host()[1]);
     for (; tokens.size() >= size; tokens = tokens.subspan(size)) {
-      std::ranges::copy(tokens.first(size), piece.tokens.ptr<int32_t>());
+      std::ranges::copy(tokens.first(size), piece.tokens.host().ptr<int32_t>());
+      piece.tokens.upload();
       piece.tape->forward();
-      logits = piece.logits;
+      last = &piece;
     }
   }
-  return logits;
+  last->logits.download();
+  return last->logits.host();
 }
 
 }  // namespace entrain

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "core/mirror.h"
 #include "model/decoder.h"
 
 namespace entrain {
@@ -22,7 +23,7 @@ class Generator {
  private:
   struct Piece {
     std::unique_ptr<Tape> tape;
-    Tensor tokens, logits;
+    Mirror tokens, logits;
   };
 
   DecoderCache cache_;

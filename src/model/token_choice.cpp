@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/error.h"
+
 namespace entrain {
 
 TokenChoice::TokenChoice(double temperature, double top_p, uint64_t seed)

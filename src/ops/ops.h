@@ -12,6 +12,10 @@ Var embedding(Tape& tape, Tensor tokens, Var w);
 /// x [T, in] times w [out, in] transposed.
 Var linear(Tape& tape, Var x, Var w);
 
+/// base [T, out] + x w^T: a branch joins the residual stream. The result shares base's gradient:
+/// the stream has one from end to end, which the norm before each branch adds to.
+Var add_linear(Tape& tape, Var base, Var x, Var w);
+
 /// RMSNorm of x [T, d] with weight w [d]; adds to x's gradient.
 Var rmsnorm(Tape& tape, Var x, Var w, double eps);
 
@@ -25,10 +29,6 @@ void rope_table(Tensor cos_sin, double theta);
 
 /// silu(gate) * up of gate_up [T, 2 f].
 Var swiglu(Tape& tape, Var gate_up);
-
-/// x + branch. The result shares x's gradient: the residual stream has one from end to end, which
-/// the norm before each branch adds to.
-Var residual(Tape& tape, Var x, Var branch);
 
 /// The head's cross-entropy: writes loss [T], in nats, of targets i32 [T] under softmax(x w^T).
 /// When training, the gradients of scale * sum(loss) are computed along the way, while the logits

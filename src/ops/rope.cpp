@@ -6,11 +6,10 @@
 namespace entrain::ops {
 
 void rope(Tape& tape, Var x, Tensor cos_sin, const int64_t* first) {
-  const Kernels<Device::cpu> k;
   tape.record(
       "rope", x.value, x.grad,
-      [=] { k.rope(x.value, cos_sin.slice(0, first ? *first : 0, x.value[2]), false); },
-      [=] { k.rope(x.grad, cos_sin, true); });
+      [=](auto k) { k.rope(x.value, cos_sin.slice(0, first ? *first : 0, x.value[2]), false); },
+      [=](auto k) { k.rope(x.grad, cos_sin, true); });
 }
 
 void rope_table(Tensor cos_sin, double theta) {

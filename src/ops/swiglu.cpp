@@ -5,10 +5,9 @@ namespace entrain::ops {
 
 Var swiglu(Tape& tape, Var gate_up) {
   const Var y = tape.var({gate_up.value[0], gate_up.value[1] / 2});
-  const Kernels<Device::cpu> k;
   tape.record(
-      "swiglu", y.value, gate_up.grad, [=] { k.swiglu(gate_up.value, y.value); },
-      [=] { k.swiglu_backward(y.grad, gate_up.value, gate_up.grad); });
+      "swiglu", y.value, gate_up.grad, [=](auto k) { k.swiglu(gate_up.value, y.value); },
+      [=](auto k) { k.swiglu_backward(y.grad, gate_up.value, gate_up.grad); });
   return y;
 }
 

@@ -2,21 +2,40 @@
 
 #include <cmath>
 
-#include "kernels/kernels.h"
-
 namespace entrain {
 
-double grad_norm(const Params& params) {
-  return std::sqrt(Kernels<Device::cpu>{}.sum_of_squares(params.grads()));
+Optimizer::Optimizer(Params& params, const OptimConfig& config)
+    : params_(params),
+      config_(config),
+      lr_c1_c2_({3}, DType::f64),
+      squares_memory_(sizeof(double), params.values().device),
+      squares_(Tensor::of(squares_memory_.data(), {1}, DType::f64, params.values().device)) {
+  adamw_ = {.beta1 = config.beta1,
+            .beta2 = config.beta2,
+            .eps = config.eps,
+            .decay = config.weight_decay,
+            .clip = config.clip,
+            .lr_c1_c2 = lr_c1_c2_.host().ptr<double>()};
 }
 
-void adamw_step(Params& params, const OptimConfig& config, int64_t step, double lr, double norm) {
-  const double scale = config.clip > 0 && norm > config.clip ? config.clip / norm : 1;
-  const double c1 = 1 - std::pow(config.beta1, static_cast<double>(step));
-  const double c2 = 1 - std::pow(config.beta2, static_cast<double>(step));
-  const Kernels<Device::cpu> k;
-  k.adamw(params.values(), params.grads(), params.m(), params.v(), params.decays(), scale, lr,
-          config.beta1, config.beta2, c1, c2, config.eps, config.weight_decay);
+void Optimizer::prepare(int64_t step, double lr) {
+  double* numbers = lr_c1_c2_.host().ptr<double>();
+  numbers[0] = lr;
+  numbers[1] = 1 - std::pow(config_.beta1, static_cast<double>(step));
+  numbers[2] = 1 - std::pow(config_.beta2, static_cast<double>(step));
+}
+
+void Optimizer::update() {
+  with_kernels(params_.values().device, [&](auto k) {
+    k.sum_of_squares(params_.grads(), squares_.tensor());
+    k.adamw(params_.values(), params_.grads(), params_.m(), params_.v(), params_.decays(),
+            squares_.tensor(), adamw_, params_.rounded());
+  });
+}
+
+double Optimizer::grad_norm() {
+  squares_.download();
+  return std::sqrt(*squares_.host().ptr<double>());
 }
 
 }  // namespace entrain

@@ -1,16 +1,32 @@
 #pragma once
-// AdamW (Loshchilov and Hutter 2019) over all parameters, with clipping of the global gradient
-// norm.
+#include "core/mirror.h"
 #include "core/params.h"
+#include "kernels/kernels.h"
 #include "optim/config.h"
 
 namespace entrain {
 
-/// The norm of all gradients together.
-double grad_norm(const Params& params);
+/// Clipping and AdamW over all parameters of a model, on their device.
+class Optimizer {
+ public:
+  Optimizer(Params& params, const OptimConfig& config);
 
-/// Step number `step` (from 1) at this learning rate; clips to config.clip and clears the
-/// gradients.
-void adamw_step(Params& params, const OptimConfig& config, int64_t step, double lr, double norm);
+  /// Sets what changes from step to step, before update(): the step's number, from 1, and its rate.
+  void prepare(int64_t step, double lr);
+  /// Clips gradients, updates parameters and moments, clears gradients. Where the norm of the
+  /// gradients is not finite, nothing changes. Allocates and waits for nothing: a graph may hold
+  /// it.
+  void update();
+  /// The norm of the gradients before they were clipped, of the last update(); waits for it.
+  double grad_norm();
+
+ private:
+  Params& params_;
+  OptimConfig config_;
+  AdamW adamw_;
+  Pinned lr_c1_c2_;
+  Buffer squares_memory_;
+  Mirror squares_;
+};
 
 }  // namespace entrain

@@ -10,6 +10,7 @@
 
 #include "core/file.h"
 #include "core/h5.h"
+#include "core/mirror.h"
 #include "core/version.h"
 
 namespace entrain {
@@ -30,7 +31,10 @@ uint32_t crc(const void* data, size_t bytes) {
   return static_cast<uint32_t>(crc32_z(0, static_cast<const Bytef*>(data), bytes));
 }
 
-void write(h5::File& file, const std::string& name, Tensor x) {
+void write(h5::File& file, const std::string& name, Tensor tensor) {
+  Mirror mirror(tensor);
+  mirror.download();
+  const Tensor x = mirror.host();
   file.write(name, x);
   file.set(name, "crc32", static_cast<int64_t>(crc(x.data, x.bytes())));
 }
@@ -42,8 +46,10 @@ void check_crc(const h5::File& file, const std::string& name, Tensor x) {
 }
 
 void read(const h5::File& file, const std::string& name, Tensor into) {
-  file.read(name, into);
-  check_crc(file, name, into);
+  Mirror mirror(into);
+  file.read(name, mirror.host());
+  check_crc(file, name, mirror.host());
+  mirror.upload();
 }
 
 CheckpointInfo read_metadata(const h5::File& file) {
@@ -220,6 +226,7 @@ CheckpointInfo load_checkpoint(const std::string& path, Params& params) {
     read(file, "moments/m/" + param.name, param.m);
     read(file, "moments/v/" + param.name, param.v);
   }
+  params.round();
   return info;
 }
 
@@ -251,8 +258,10 @@ Shared load_shared(const std::string& path, Params& params) {
     if (take(param, param.name)) {
       shared.taken.push_back(param.name);
     } else if (param.adopt && param.adopt->like.empty()) {
-      std::fill_n(param.value.ptr<float>(), param.value.numel(),
+      Mirror value(param.value);
+      std::fill_n(value.host().ptr<float>(), param.value.numel(),
                   static_cast<float>(param.adopt->value));
+      value.upload();
       shared.adopted.push_back(param.name);
     } else if (param.adopt && take(param, param.adopt->like)) {
       shared.adopted.push_back(param.name);
@@ -263,6 +272,7 @@ Shared load_shared(const std::string& path, Params& params) {
   for (const auto& saved : info.parameters) {
     if (!has(params, saved.name)) shared.unused.push_back(saved.name);
   }
+  params.round();
   return shared;
 }
 

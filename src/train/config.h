@@ -53,7 +53,9 @@ struct RunConfig {
   TrainConfig train;
   CheckpointConfig checkpoint;
   EvalConfig eval;
-  std::string dir;  // run.dir
+  std::string dir;              // run.dir
+  std::string device = "auto";  // run.device: auto | cpu | cuda
+  std::string dtype = "auto";   // run.dtype, of activations: auto | f32 | bf16
 
   bool operator==(const RunConfig&) const = default;
 };

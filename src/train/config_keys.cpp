@@ -96,6 +96,8 @@ std::vector<Key> keys_of(RunConfig& c) {
       {"eval.sequences", &c.eval.sequences, "sequences of the validation split"},
 
       {"run.dir", &c.dir, "folder of everything the run writes", required},
+      {"run.device", &c.device, "auto | cpu | cuda; auto: the GPU where there is one"},
+      {"run.dtype", &c.dtype, "of activations: auto | f32 | bf16; auto: bf16 on the GPU"},
   };
 }
 

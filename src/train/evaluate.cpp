@@ -44,8 +44,11 @@ std::vector<PositionLoss> by_stretch(const std::vector<double>& sums, int64_t se
   return result;
 }
 
-/// Sums entropy f64 [N, entropy_fields] over ranks, clears it and divides.
-void collect_entropy(Comm& comm, Tensor entropy, EvalResult& result) {
+/// Sums the first `positions` rows of entropy f64 [N, entropy_fields] over ranks, clears it and
+/// divides.
+void collect_entropy(Comm& comm, Mirror& sums, int64_t positions, EvalResult& result) {
+  sums.download();
+  const Tensor entropy = sums.host().slice(0, 0, positions);
   double* fields = entropy.ptr<double>();
   comm.sum(fields, static_cast<int>(entropy.numel()));
   double all_queries = 0, all_entropy = 0;
@@ -63,6 +66,7 @@ void collect_entropy(Comm& comm, Tensor entropy, EvalResult& result) {
   });
   if (all_queries > 0) result.routing_entropy = all_entropy / all_queries;
   std::fill_n(fields, entropy.numel(), 0.0);
+  sums.upload();
 }
 
 }  // namespace
@@ -97,36 +101,43 @@ nlohmann::ordered_json to_json(const EvalResult& result) {
 }
 
 Evaluator::Evaluator(Decoder& decoder, TapeMemory& memory, int64_t seq_len)
-    : decoder_(decoder), tape_(memory, {}), position_loss_(static_cast<size_t>(seq_len)) {
-  tokens_ = tape_.keep({1, seq_len}, DType::i32);
-  targets_ = tape_.keep({1, seq_len}, DType::i32);
-  predicted_ = tape_.keep({1, seq_len}, DType::i32);
-  loss_ = decoder.loss(tape_, tokens_, targets_, 1, {}, predicted_);
+    : tape_(memory, {.dtype = decoder.dtype()}),
+      read_(decoder.read()),
+      entropy_(decoder.entropy()),
+      position_loss_(static_cast<size_t>(seq_len)) {
+  const auto ids = [&] { return Mirror(tape_.keep({1, seq_len}, DType::i32)); };
+  tokens_ = ids(), targets_ = ids(), predicted_ = ids();
+  loss_ =
+      Mirror(decoder.loss(tape_, tokens_.tensor(), targets_.tensor(), 1, {}, predicted_.tensor()));
 }
 
 EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequences, Comm& comm) {
   const auto begin = std::chrono::steady_clock::now();
-  const int64_t seq_len = tokens_[1], available = (store.tokens(split) - 1) / seq_len;
+  const int64_t seq_len = tokens_.host()[1], available = (store.tokens(split) - 1) / seq_len;
   require_sequence(store, split, seq_len);
   sequences = std::min(sequences, available);
   std::vector<int32_t> window(static_cast<size_t>(seq_len + 1));
   EvalResult result;
-  collect_read(comm, decoder_.read(), result.read);  // clears what training counted
+  collect_read(comm, read_, result.read);  // clears what training counted
   std::ranges::fill(position_loss_, 0.0);
   std::array<double, 2> recall{};  // answers, right
   for (int64_t i = comm.rank(); i < sequences; i += comm.size()) {
     const int64_t first = i * available / sequences * seq_len;
     store.read(split, first, seq_len + 1, window.data());
-    std::copy(window.begin(), window.end() - 1, tokens_.ptr<int32_t>());
-    std::copy(window.begin() + 1, window.end(), targets_.ptr<int32_t>());
+    std::copy(window.begin(), window.end() - 1, tokens_.host().ptr<int32_t>());
+    std::copy(window.begin() + 1, window.end(), targets_.host().ptr<int32_t>());
+    tokens_.upload();
+    targets_.upload();
     tape_.forward();
+    predicted_.download();
+    loss_.download();
     for (int64_t t = 0; t < seq_len; ++t) {
-      position_loss_[static_cast<size_t>(t)] += loss_.ptr<float>()[t];
+      position_loss_[static_cast<size_t>(t)] += loss_.host().ptr<float>()[t];
     }
     for (const int64_t answer : store.answers(split, first + 1, seq_len)) {
       const int64_t t = answer - (first + 1);
       recall[0] += 1;
-      recall[1] += predicted_.ptr<int32_t>()[t] == targets_.ptr<int32_t>()[t];
+      recall[1] += predicted_.host().ptr<int32_t>()[t] == targets_.host().ptr<int32_t>()[t];
     }
   }
   comm.sum(position_loss_.data(), static_cast<int>(seq_len));
@@ -135,10 +146,10 @@ EvalResult Evaluator::run(const TokenStore& store, Split split, int64_t sequence
   result.loss = std::accumulate(position_loss_.begin(), position_loss_.end(), 0.0) /
                 static_cast<double>(result.tokens);
   result.perplexity = std::exp(result.loss);
-  collect_read(comm, decoder_.read(), result.read);
+  collect_read(comm, read_, result.read);
   result.loss_by_position = by_stretch(position_loss_, sequences);
   result.recall = {static_cast<int64_t>(recall[0]), static_cast<int64_t>(recall[1])};
-  collect_entropy(comm, decoder_.entropy().slice(0, 0, seq_len), result);
+  collect_entropy(comm, entropy_, seq_len, result);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.tokens_per_second = static_cast<double>(result.tokens) / seconds.count();
   return result;

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 #include <vector>
 
+#include "core/mirror.h"
 #include "core/tape.h"
 #include "data/token_store.h"
 #include "dist/comm.h"
@@ -61,9 +62,8 @@ class Evaluator {
   EvalResult run(const TokenStore& store, Split split, int64_t sequences, Comm& comm);
 
  private:
-  Decoder& decoder_;
   Tape tape_;
-  Tensor tokens_, targets_, loss_, predicted_;
+  Mirror tokens_, targets_, loss_, predicted_, read_, entropy_;
   std::vector<double> position_loss_;  // sums over sequences, [seq_len]
 };
 

@@ -13,7 +13,7 @@ RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string
   std::optional<TrainedModel> model;
   std::unique_ptr<Decoder> decoder;
   std::unique_ptr<Evaluator> evaluator;
-  TapeMemory memory(Device::cpu);
+  std::optional<TapeMemory> memory;
   together(comm, [&] {
     if (comm.rank() == 0) evaluation.checkpoint = find_checkpoint(run);
   });
@@ -23,9 +23,10 @@ RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string
     const int64_t seq_len = model->config.data.seq_len;
     require_sequence(*model->store, Split::validation, seq_len);
     decoder = model->decoder(seq_len, evaluation.lacking);
+    memory.emplace(decoder->device());
     for (const bool committed : {false, true}) {
-      if (committed) memory.commit();
-      evaluator = std::make_unique<Evaluator>(*decoder, memory, seq_len);
+      if (committed) memory->commit();
+      evaluator = std::make_unique<Evaluator>(*decoder, *memory, seq_len);
     }
   });
   evaluation.config = model->config;

@@ -4,34 +4,55 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <string>
 #include <vector>
 
 #include "core/arena.h"
+#include "core/gpu.h"
+#include "core/median.h"
+#include "core/mirror.h"
+#include "core/rng.h"
+#include "core/stopwatch.h"
 #include "kernels/kernels.h"
 
 namespace entrain {
 
-double matmul_rate(int n) {
-  Arena arena(Device::cpu);
+double matmul_rate(Device device) {
+  const int n = device == Device::cuda ? 8192 : 1024;
+  Arena arena(device);
   Tensor x, w, y;
   for (const bool committed : {false, true}) {
     if (committed) arena.commit();
-    x = arena.alloc({n, n}), w = arena.alloc({n, n}), y = arena.alloc({n, n});
+    const auto matrix = [&] {
+      return arena.alloc({n, n}, device == Device::cuda ? DType::bf16 : DType::f32);
+    };
+    x = matrix(), w = matrix(), y = matrix();
   }
-  std::fill_n(x.ptr<float>(), x.numel(), 0.5f);
-  std::fill_n(w.ptr<float>(), w.numel(), 0.25f);
+  // Random values: products of constants run faster on a GPU.
+  for (const Tensor& t : {x, w}) {
+    Mirror values(t);
+    Rng rng(1, 0);
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      values.host().ptr<float>()[i] = static_cast<float>(rng.uniform()) - 0.5f;
+    }
+    values.upload();
+  }
   std::vector<double> rates;
+  Stopwatch watch(device);
   for (int i = 0; i < 9; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    Kernels<Device::cpu>{}.linear(x, w, y);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-    rates.push_back(2.0 * n * n * n / seconds.count());
+    watch.reset();
+    watch.start();
+    with_kernels(device, [&](auto kernels) { kernels.linear(x, w, y); });
+    watch.stop();
+    if (device == Device::cuda) gpu::synchronize();
+    rates.push_back(2.0 * n * n * n / watch.seconds());
   }
-  std::nth_element(rates.begin(), rates.begin() + 4, rates.end());
-  return rates[4];
+  return median(rates);
+}
+
+std::string matmul_name(Device device) {
+  return device == Device::cuda ? "bf16 matrix product 8192^3" : "float32 matrix product 1024^3";
 }
 
 size_t physical_bytes() {

@@ -1,12 +1,17 @@
 #pragma once
 // What this machine can do, measured: the yardstick of speeds and memory.
 #include <cstddef>
+#include <string>
+
+#include "core/tensor.h"
 
 namespace entrain {
 
-/// Operations a second of BLAS's float32 matrix product of n^3, the median of several; with as many
-/// threads as this process has.
-double matmul_rate(int n = 1024);
+/// Operations a second of the library's matrix product, the median of several: on the CPU BLAS's in
+/// float32 of 1024^3, with as many threads as this process has; on the GPU cuBLAS's in bf16 of
+/// 8192^3.
+double matmul_rate(Device device);
+std::string matmul_name(Device device);
 
 /// Bytes of memory this machine has.
 size_t physical_bytes();

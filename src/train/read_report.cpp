@@ -15,7 +15,9 @@ HeadRead ratios(const double* fields) {
 
 }  // namespace
 
-void collect_read(Comm& comm, Tensor read, ReadReport& report) {
+void collect_read(Comm& comm, Mirror& counters, ReadReport& report) {
+  counters.download();
+  const Tensor read = counters.host();
   double* fields = read.ptr<double>();
   comm.sum(fields, static_cast<int>(read.numel()));
   report.heads.resize(static_cast<size_t>(read[0]));
@@ -34,6 +36,7 @@ void collect_read(Comm& comm, Tensor read, ReadReport& report) {
                                                static_cast<double>(read[0] * read[1])
                                          : 0;
   std::fill_n(read.ptr<double>(), read.numel(), 0.0);
+  counters.start_upload();
 }
 
 }  // namespace entrain

@@ -2,7 +2,7 @@
 // What attention read, as densities: over everything, and per layer and kv head.
 #include <vector>
 
-#include "core/tensor.h"
+#include "core/mirror.h"
 #include "dist/comm.h"
 
 namespace entrain {
@@ -21,6 +21,6 @@ struct ReadReport {
 
 /// Sums the counters f64 [n_layer, Hkv, read_fields] over ranks, clears them and divides. Allocates
 /// nothing where the report is of the same shape already.
-void collect_read(Comm& comm, Tensor read, ReadReport& report);
+void collect_read(Comm& comm, Mirror& counters, ReadReport& report);
 
 }  // namespace entrain

@@ -10,6 +10,7 @@
 #include "optim/schedule.h"
 #include "train/checkpoint.h"
 #include "train/config_keys.h"
+#include "train/device.h"
 #include "train/evaluate.h"
 #include "train/machine.h"
 #include "train/metrics.h"
@@ -60,7 +61,8 @@ class Run {
   TokenStore store_;
   Sampler sampler_;
   std::optional<Decoder> decoder_;
-  TapeMemory memory_{Device::cpu};
+  Device device_;
+  TapeMemory memory_;
   std::optional<TrainStep> step_;
   std::optional<Evaluator> evaluator_;
   std::optional<DensityController> controller_;
@@ -80,13 +82,15 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
       listener_(listener),
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed),
+      device_(choose_device(config.device)),
+      memory_(device_),
       peak_rate_(matmul_rate) {
   config_.model.vocab = store_.vocab();
   require_sequence(store_, Split::validation, config.data.seq_len);
 
   const size_t before = resident_bytes();
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
-                   Device::cpu);
+                   device_, choose_dtype(config.dtype, device_));
   const auto record = [&] {  // training and evaluation take turns in the same memory
     memory_.rewind();
     step_.emplace(config_, *decoder_, memory_, comm_);
@@ -375,7 +379,7 @@ RunEnd Run::train(bool resume) {
 
 RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener) {
   // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
-  static const double rate = matmul_rate();
+  static const double rate = matmul_rate(choose_device(config.device));
   reset_peak_resident();
   std::optional<Run> run;
   together(comm, [&] { run.emplace(config, comm, listener, rate); });

@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "kernels/kernels.h"
-#include "optim/adamw.h"
 #include "optim/schedule.h"
 #include "train/together.h"
 
@@ -29,53 +28,93 @@ TrainStep::TrainStep(const RunConfig& config, Decoder& decoder, TapeMemory& memo
       decoder_(decoder),
       comm_(comm),
       plan_(config.train, comm.size()),
-      tape_(memory, {.training = true, .recompute = config.train.recompute}) {
-  const Shape batch{plan_.micro, config.data.seq_len};
-  tokens_ = tape_.keep(batch, DType::i32);
-  targets_ = tape_.keep(batch, DType::i32);
+      tape_(memory,
+            {.dtype = decoder.dtype(), .training = true, .recompute = config.train.recompute}),
+      optimizer_(decoder.params(), config.train.optim),
+      read_(decoder.read()) {
+  const Shape batch{plan_.per_rank, config.data.seq_len};
+  const Shape micro_batch{plan_.micro, config.data.seq_len};
+  const Device device = decoder.device();
+  const auto ids = static_cast<size_t>(batch.numel());
+  batch_memory_ = Buffer(2 * ids * sizeof(int32_t), device);
+  auto* batch_ids = static_cast<int32_t*>(batch_memory_.data());
+  batch_tokens_ = Mirror(Tensor::of(batch_ids, batch, DType::i32, device));
+  batch_targets_ = Mirror(Tensor::of(batch_ids + ids, batch, DType::i32, device));
+  loss_memory_ = Buffer(sizeof(double), device);
+  loss_sum_ = Mirror(Tensor::of(loss_memory_.data(), {1}, DType::f64, device));
+
+  tokens_ = tape_.keep(micro_batch, DType::i32);
+  targets_ = tape_.keep(micro_batch, DType::i32);
   const double tokens = static_cast<double>(config.train.global_batch) * config.data.seq_len;
   loss_ = decoder.loss(tape_, tokens_, targets_, 1 / tokens, [this](Tensor grads) {
     if (last_micro_) comm_.start_sum(grads);
   });
+  tape_.time_ops(".attention.");
 }
 
-void TrainStep::fill(int64_t first, int64_t micro, Sampler& sampler) {
-  sampler.fill(first + comm_.rank() * plan_.per_rank + micro * plan_.micro, tokens_, targets_);
+void TrainStep::fill(int64_t first, Sampler& sampler) {
+  sampler.fill(first + comm_.rank() * plan_.per_rank, batch_tokens_.host(), batch_targets_.host());
+  batch_tokens_.start_upload();
+  batch_targets_.start_upload();
+}
+
+void TrainStep::deal(int64_t micro) {
+  const auto part = [&](const Mirror& batch) {
+    return batch.tensor().slice(0, micro * plan_.micro, plan_.micro);
+  };
+  copy(part(batch_tokens_), tokens_);
+  copy(part(batch_targets_), targets_);
+}
+
+/// Runs work of the GPU as one graph, captured the second time: the first makes what is made once.
+void TrainStep::as_graph(gpu::Graph& graph, const std::function<void()>& work) {
+  if (tape_.device() == Device::cpu || !warm_) return work();
+  if (!graph) graph.capture(work);
+  graph.launch();
 }
 
 const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) {
-  double sum = 0;
-  tape_.clear_times();
+  fill(first, sampler);
+  zero(loss_sum_.tensor());
   for (int64_t micro = 0; micro < plan_.accumulate; ++micro) {
-    fill(first, micro, sampler);
+    deal(micro);
     last_micro_ = micro + 1 == plan_.accumulate;
-    tape_.forward();
-    for (int64_t i = 0; i < loss_.numel(); ++i) sum += loss_.ptr<float>()[i];
-    tape_.backward();
+    as_graph(passes_[last_micro_], [&] {
+      tape_.forward();
+      tape_.backward();
+      with_kernels(tape_.device(), [&](auto k) { k.add_sum(loss_, loss_sum_.tensor()); });
+      if (last_micro_) comm_.wait();
+    });
   }
-  comm_.wait();
+  result_.lr = learning_rate(config_.train.optim, step, config_.train.steps);
+  optimizer_.prepare(step, result_.lr);
+  as_graph(update_, [&] { optimizer_.update(); });
+  warm_ = true;
+
+  loss_sum_.download();
+  double sum = *loss_sum_.host().ptr<double>();
   comm_.sum(&sum, 1);
   result_.loss = sum / (static_cast<double>(config_.train.global_batch) * config_.data.seq_len);
-  result_.grad_norm = grad_norm(decoder_.params());
+  result_.grad_norm = optimizer_.grad_norm();
   if (!std::isfinite(result_.loss) || !std::isfinite(result_.grad_norm)) {
     diagnose(step, first, sampler, result_.loss);
   }
-  collect_read(comm_, decoder_.read(), result_.read);
+  collect_read(comm_, read_, result_.read);
   const OpTime attention = tape_.time(".attention.");
-  result_.attention_seconds = attention.forward + attention.backward;
+  result_.attention_seconds =
+      (attention.forward + attention.backward) * static_cast<double>(plan_.accumulate);
   comm_.sum(&result_.attention_seconds, 1);
   result_.attention_seconds /= comm_.size();
-  result_.lr = learning_rate(config_.train.optim, step, config_.train.steps);
-  adamw_step(decoder_.params(), config_.train.optim, step, result_.lr, result_.grad_norm);
   return result_;
 }
 
 void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double loss) {
   char found[256] = {};
   last_micro_ = false;
-  Kernels<Device::cpu>{}.zero(decoder_.params().grads());  // which the step has spoilt
+  zero(decoder_.params().grads());  // which the step has spoilt
+  fill(first, sampler);
   for (int64_t micro = 0; micro < plan_.accumulate && !found[0]; ++micro) {
-    fill(first, micro, sampler);
+    deal(micro);
     tape_.first_non_finite().copy(found, sizeof found - 1);
   }
   double where = found[0] ? comm_.size() - comm_.rank() : 0;  // the lowest rank that found one

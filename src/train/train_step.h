@@ -1,10 +1,14 @@
 #pragma once
 // One optimizer step: micro-batches forward and backward, gradients summed over ranks while the
 // backward pass still runs, clipping, AdamW. Everything is recorded once; a step allocates nothing.
+// On the GPU the passes of a micro-batch are one graph, as is the update.
+#include "core/gpu.h"
+#include "core/mirror.h"
 #include "core/tape.h"
 #include "data/sampler.h"
 #include "dist/comm.h"
 #include "model/decoder.h"
+#include "optim/adamw.h"
 #include "train/config.h"
 #include "train/read_report.h"
 
@@ -39,7 +43,9 @@ class TrainStep {
   const StepResult& run(int64_t step, int64_t first, Sampler& sampler);
 
  private:
-  void fill(int64_t first, int64_t micro, Sampler& sampler);
+  void fill(int64_t first, Sampler& sampler);
+  void deal(int64_t micro);
+  void as_graph(gpu::Graph& graph, const std::function<void()>& work);
   [[noreturn]] void diagnose(int64_t step, int64_t first, Sampler& sampler, double loss);
 
   const RunConfig& config_;
@@ -47,9 +53,15 @@ class TrainStep {
   Comm& comm_;
   BatchPlan plan_;
   Tape tape_;
-  Tensor tokens_, targets_, loss_;
+  Optimizer optimizer_;
+  Buffer batch_memory_, loss_memory_;
+  Mirror batch_tokens_, batch_targets_;  // of the rank: [per_rank, seq_len]
+  Tensor tokens_, targets_, loss_;       // of a micro-batch
+  Mirror loss_sum_, read_;
   StepResult result_;
-  bool last_micro_ = false;  // gradients are final when the backward pass leaves them
+  bool last_micro_ = false;        // gradients are final when the backward pass leaves them
+  bool warm_ = false;              // a step has run
+  gpu::Graph passes_[2], update_;  // passes of a micro-batch: not the last, the last
 };
 
 }  // namespace entrain

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "train/device.h"
+
 namespace entrain {
 
 TrainedModel::TrainedModel(const std::string& path, const std::vector<std::string>& overrides,
@@ -22,8 +24,9 @@ TrainedModel::TrainedModel(const std::string& path, const std::vector<std::strin
 
 std::unique_ptr<Decoder> TrainedModel::decoder(int64_t max_tokens,
                                                std::vector<std::string>& lacking) const {
-  auto decoder =
-      std::make_unique<Decoder>(config.model, config.attention, max_tokens, 0, false, Device::cpu);
+  const Device device = choose_device(config.device);
+  auto decoder = std::make_unique<Decoder>(config.model, config.attention, max_tokens, 0, false,
+                                           device, choose_dtype(config.dtype, device));
   if (overridden("attention.")) {
     const Shared shared = load_shared(checkpoint, decoder->params());
     lacking = shared.adopted;

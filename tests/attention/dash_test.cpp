@@ -51,7 +51,7 @@ class Dash {
   BlockSet route(int64_t heads) {
     const auto [B, Hq, Hkv, N, D] = a.s;
     const int64_t M = chunks();
-    const double gamma = *method->gamma();
+    const double alpha_gamma[] = {*method->alpha(), *method->gamma()};
     const DashRouting routing{.chunk = config_.chunk,
                               .sigma = config_.sigma,
                               .prior_eps = config_.prior_eps,
@@ -60,8 +60,7 @@ class Dash {
                               .local_blocks = config_.local_blocks,
                               .aggregation = config_.aggregation == "softmax" ? Aggregation::softmax
                                                                               : Aggregation::entmax,
-                              .alpha = method->alpha(),
-                              .gamma = &gamma};
+                              .alpha_gamma = alpha_gamma};
     const BlockSet blocks{.block = config_.chunk,
                           .mask = a.pool.make({B, heads, N, (M + 63) / 64}, DType::u64),
                           .bias = a.pool.make({B, heads, N, M})};
@@ -273,11 +272,10 @@ TEST(DashAttention, MeasuresHowRoutingSpreads) {
     // By definition, from the weights that routing hands out.
     const BlockSet blocks = dash.route(2);
     const Tensor w = dash.a.pool.make(blocks.bias.shape);
-    const double* knobs[] = {dash.method->alpha(), dash.method->gamma()};
+    const double alpha_gamma[] = {*dash.method->alpha(), *dash.method->gamma()};
     const Tensor kbar = dash.a.pool.make({2, 2, 10, 8}, DType::f64);
     dash.a.kernels.dash_summaries(dash.a.k.value, dash.summary.value, 4, kbar);
-    dash.a.kernels.dash_route(dash.a.q.value, kbar,
-                              {.chunk = 4, .alpha = knobs[0], .gamma = knobs[1]},
+    dash.a.kernels.dash_route(dash.a.q.value, kbar, {.chunk = 4, .alpha_gamma = alpha_gamma},
                               dash.a.pool.make({2, 4, 40}), blocks, w, {});
     double expected = 0;
     for (const double x : values(w)) expected -= x > 0 ? x * std::log(x) : 0;

@@ -27,8 +27,9 @@ class AttentionCase {
         lse(pool.make({s.B, s.Hq, s.N})),
         keys(pool.make({s.B, s.Hkv, s.N, s.D})),
         read(pool.make({s.Hkv, read_fields}, DType::f64)),
-        scratch(pool.make({kernels.attention_backward_scratch(q.value.shape, k.value.shape)})) {
-    for (const Tensor& t : {qkv.grad, out.value, scratch}) fill(t, NAN);  // all must be written
+        scratch(pool.make({kernels.attention_backward_scratch(q.value, k.value)}, DType::u8)) {
+    for (const Tensor& t : {qkv.grad, out.value}) fill(t, NAN);  // all must be written
+    std::memset(scratch.data, 0xff, scratch.bytes());            // NaN
     for (int64_t i = 0; i < out.grad.numel(); ++i) put(out.grad, i, pool.rng().normal());
   }
 

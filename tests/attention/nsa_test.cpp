@@ -284,10 +284,12 @@ struct Repeater {
   }
   void train(int steps) {
     Params& params = decoder.params();
+    Optimizer optimizer(params, {});
     for (int step = 1; step <= steps; ++step) {
       loss();
       graph->backward();
-      adamw_step(params, {}, step, 3e-3, grad_norm(params));
+      optimizer.prepare(step, 3e-3);
+      optimizer.update();
     }
     fill(params.grads(), 0);
   }

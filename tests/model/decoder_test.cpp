@@ -89,20 +89,26 @@ TEST(Decoder, TheLossIsTheCrossEntropyOfTheLogits) {
 TEST(Decoder, AnnouncesEveryGradientOnceWhenItIsFinal) {
   for (const bool tied : {false, true}) {
     TinyDecoder tiny("dash", DType::f64, 2, 13, tied);
-    std::vector<double> announced;  // in memory's order, backwards from the end
-    std::map<const void*, std::vector<double>> pieces;
+    std::map<const double*, std::vector<double>> pieces;
     Graph graph(training_f64, [&](Tape& tape) {
       tiny.decoder.loss(tape, tiny.tokens, tiny.targets, 1, [&](Tensor flat) {
-        EXPECT_TRUE(pieces.emplace(flat.data, values(flat)).second) << "announced twice";
+        EXPECT_TRUE(pieces.emplace(flat.ptr<double>(), values(flat)).second) << "announced twice";
       });
     });
     fill(tiny.decoder.params().grads(), 0);
     graph->forward();
     graph->backward();
-    for (const auto& [at, piece] : pieces) {
-      announced.insert(announced.end(), piece.begin(), piece.end());
+    for (const Param& p : tiny.decoder.params().all()) {
+      const double* grad = p.grad.ptr<double>();
+      const auto [at, piece] = *std::prev(pieces.upper_bound(grad));
+      ASSERT_LE(grad - at + p.grad.numel(), std::ssize(piece)) << p.name;
+      EXPECT_TRUE(std::equal(grad, grad + p.grad.numel(), piece.begin() + (grad - at))) << p.name;
     }
-    EXPECT_EQ(announced, values(tiny.decoder.params().grads()));
+    const double* end = nullptr;  // of the pieces before
+    for (const auto& [at, piece] : pieces) {
+      EXPECT_GE(at, end) << "announced twice";
+      end = at + piece.size();
+    }
     EXPECT_EQ(pieces.size(), 4);  // embedding, two layers, norm and head
   }
 }

@@ -26,24 +26,26 @@ TEST(AdamW, FollowsTheScalarFormulaOverSteps) {
       c.clip = clip;
       Params params({{"matrix", {5, 7}, 0.5}, {"norm", {9}, 0.5, 1, false}}, 3, true, Device::cpu,
                     real);
+      Optimizer optimizer(params, c);
       std::vector<Scalar> expected;
       for (const double w : values(params.values())) expected.push_back({w});
       Rng rng(7, 0);
       for (int step = 1; step <= 6; ++step) {
         double squares = 0;
         std::vector<double> g;
-        for (int64_t i = 0; i < params.numel(); ++i) {
+        for (int64_t i = 0; i < params.grads().numel(); ++i) {
           g.push_back(rng.normal() * (step == 3 ? 0.01 : 1));
           put(params.grads(), i, g.back());
           squares += g.back() * g.back();
         }
-        const double norm = grad_norm(params), lr = 0.01 * step;
-        EXPECT_NEAR(norm, std::sqrt(squares), 1e-6 * norm);
+        const double norm = std::sqrt(squares), lr = 0.01 * step;
         const double scale = clip > 0 && norm > clip ? clip / norm : 1;
         for (size_t i = 0; i < g.size(); ++i) {
           expected[i].step(scale * g[i], c, step, lr, i < 35 ? c.weight_decay : 0);
         }
-        adamw_step(params, c, step, lr, norm);
+        optimizer.prepare(step, lr);
+        optimizer.update();
+        EXPECT_NEAR(optimizer.grad_norm(), norm, 1e-6 * norm);
         for (const double x : values(params.grads())) ASSERT_EQ(x, 0) << "gradients are cleared";
       }
       std::vector<double> w, m, v;
@@ -60,20 +62,39 @@ TEST(AdamW, DecayShrinksOnlyWhatIsFlagged) {
   Params params({{"matrix", {4, 4}, 0.5}, {"norm", {4}, 0, 1, false}}, 3, true, Device::cpu);
   const std::vector<double> before = values(params.get("matrix").value);
   OptimConfig c;
-  adamw_step(params, c, 1, 0.1, grad_norm(params));  // no gradient: only decay moves
+  Optimizer optimizer(params, c);
+  optimizer.prepare(1, 0.1);
+  optimizer.update();  // no gradient: only decay moves
   std::vector<double> shrunk;
   for (const double w : before) shrunk.push_back(w * (1 - 0.1 * c.weight_decay));
   EXPECT_LT(relative_error(params.get("matrix").value, shrunk), 1e-6);
   EXPECT_EQ(values(params.get("norm").value), std::vector<double>(4, 1.0));
 }
 
+TEST(AdamW, AGradientThatIsNotFiniteChangesNothing) {
+  Params params({{"matrix", {4, 4}, 0.5}}, 3, true, Device::cpu);
+  const std::vector<double> before = values(params.values());
+  fill(params.grads(), 1);
+  put(params.grads(), 7, NAN);
+  Optimizer optimizer(params, {});
+  optimizer.prepare(1, 0.1);
+  optimizer.update();
+  EXPECT_TRUE(std::isnan(optimizer.grad_norm()));
+  EXPECT_EQ(values(params.values()), before);
+  EXPECT_EQ(values(params.m()), std::vector<double>(16, 0.0));
+  EXPECT_EQ(get(params.grads(), 0), 1);
+}
+
 TEST(GradNorm, BitsDoNotDependOnTheThreads) {
-  Params params({{"matrix", {300, 301}, 1}}, 1, true, Device::cpu);
-  std::memcpy(params.grads().data, params.values().data, params.values().bytes());
   double norms[2];
   for (const int threads : {1, 2}) {
+    Params params({{"matrix", {300, 301}, 1}}, 1, true, Device::cpu);
+    copy(params.values(), params.grads());
     const Threads scope(threads);
-    norms[threads - 1] = grad_norm(params);
+    Optimizer optimizer(params, {});
+    optimizer.prepare(1, 0);
+    optimizer.update();
+    norms[threads - 1] = optimizer.grad_norm();
   }
   EXPECT_EQ(norms[0], norms[1]);
   EXPECT_NEAR(norms[0], std::sqrt(300 * 301), 2);

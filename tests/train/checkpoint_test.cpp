@@ -54,8 +54,16 @@ bool same(const Tensor& a, const Tensor& b) {
   return a.shape == b.shape && std::memcmp(a.data, b.data, a.bytes()) == 0;
 }
 
+bool same_values(const Params& a, const Params& b) {
+  return std::ranges::equal(a.all(), b.all(), [](const Param& x, const Param& y) {
+    return x.name == y.name && same(x.value, y.value);
+  });
+}
+
 bool same(const Params& a, const Params& b) {
-  return same(a.values(), b.values()) && same(a.m(), b.m()) && same(a.v(), b.v());
+  return same_values(a, b) && std::ranges::equal(a.all(), b.all(), [](auto& x, auto& y) {
+           return same(x.m, y.m) && same(x.v, y.v);
+         });
 }
 
 TrainState state_at(int64_t step) {
@@ -147,7 +155,7 @@ TEST(Checkpoint, LoadsValuesWhereThereAreNoMoments) {
   const std::string path = save(run / "", 1, saved);
   Params loaded = untouched(specs(), false);
   load_checkpoint(path, loaded);
-  EXPECT_TRUE(same(loaded.values(), saved.values()));
+  EXPECT_TRUE(same_values(loaded, saved));
 }
 
 TEST(Checkpoint, NamesTheFirstParameterOfAnotherShape) {
@@ -383,7 +391,7 @@ TEST(CheckpointDeathTest, FullDiskLeavesOlderOnes) {
 // in every value.
 TEST(Checkpoint, SurvivesKillAtAnyMoment) {
   TempDir run;
-  const Specs large = {{"a", {300, 100}}, {"b", {200, 100}}, {"c", {7}}};
+  const Specs large = {{"a", {300, 100}}, {"b", {200, 100}}, {"c", {48}}};  // without a gap
   const auto save_steps = [&](int64_t step, int64_t end) {
     Params params = untouched(large);
     for (; step < end; ++step) {

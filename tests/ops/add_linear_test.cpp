@@ -7,7 +7,7 @@ namespace entrain {
 namespace {
 
 // Two branches of one stream, as in a decoder layer: the stream's gradient collects all paths.
-TEST(Residual, GradientsOfAStreamWithTwoBranches) {
+TEST(AddLinear, GradientsOfAStreamWithTwoBranches) {
   for (const auto& [count, d] : {std::array{1, 3}, {6, 17}}) {
     Pool pool;
     const Tensor tokens = pool.integers({count}, 5);
@@ -19,7 +19,7 @@ TEST(Residual, GradientsOfAStreamWithTwoBranches) {
       Var x = ops::embedding(tape, tokens, table);
       start = x.grad;
       for (const Var& w : {first, second}) {
-        x = ops::residual(tape, x, ops::linear(tape, ops::rmsnorm(tape, x, norm, 1e-5), w));
+        x = ops::add_linear(tape, x, ops::rmsnorm(tape, x, norm, 1e-5), w);
       }
       end = x.grad;
       probe(tape, pool, x, loss);
