@@ -43,7 +43,7 @@ TEST_F(DeviceOption, StudiesWantAGpuThatIsNotThere) {
   std::string yaml = read_file(TEST_VECTORS "/../train/tiny_study.yaml");
   for (const auto& [part, by] : {std::pair{"dir: study", "dir: " + (dir / "study")},
                                  {"path: tokens.h5", "path: " + (dir / "tokens.h5")},
-                                 {"device: cpu", std::string("device: cuda")}}) {
+                                 {"base:", std::string("base:\n  run: {device: cuda}")}}) {
     const size_t at = yaml.find(part);
     ASSERT_NE(at, yaml.npos) << part;
     yaml.replace(at, std::string(part).size(), by);

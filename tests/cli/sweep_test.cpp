@@ -85,7 +85,13 @@ class Sweep : public TinyRun {
     }
   }
 
-  std::string yaml = read_file(TEST_VECTORS "/../train/tiny_study.yaml");
+  /// On the CPU, also where auto would be a GPU.
+  static std::string tiny_study() {
+    std::string study = read_file(TEST_VECTORS "/../train/tiny_study.yaml");
+    return study.insert(study.find("dense: "), "  run: {device: cpu}\n");
+  }
+
+  std::string yaml = tiny_study();
 };
 
 TEST_F(Sweep, ContinuedGivesWhatItsRunsGiveOneByOne) {
@@ -387,11 +393,11 @@ TEST_F(Sweep, RefusesBadStudiesBeforeAnythingStarts) {
     yaml = good;
   };
   refused("target_density", "targt_density",
-          {"study.yaml:13", "attention.targt_density", "did you mean attention.target_density?"});
-  refused("0.4", "0.01", {"study.yaml:13", "0.01 is below the floor", "dash-target_density0.01"});
+          {"study.yaml:14", "attention.targt_density", "did you mean attention.target_density?"});
+  refused("0.4", "0.01", {"study.yaml:14", "0.01 is below the floor", "dash-target_density0.01"});
   refused("attention.method: full",
           "attention.method: nsa, attention.init_blocks: 2, attention.topk: [4, 2]",
-          {"study.yaml:12", "attention.topk 2 is less than the forced blocks",
+          {"study.yaml:13", "attention.topk 2 is less than the forced blocks",
            "run nsa-init_blocks2-topk2"});
   write_file(dir / "study.yaml", good);
   std::filesystem::rename(dir / "tokens.h5", dir / "elsewhere.h5");
