@@ -151,8 +151,7 @@ void bench_train(const TrainShape& s) {
   double passes = 0;
   for (const auto& [name, time] : step.parts()) passes += time.forward + time.backward;
   const double time = median(seconds);
-  const size_t peak = device == Device::cuda ? gpu::info().total_bytes - gpu::info().free_bytes
-                                             : peak_resident_bytes();
+  const size_t peak = peak_held_bytes(device);
 
   if (s.json) {
     nlohmann::ordered_json out{{"tokens_per_second", tokens / time},

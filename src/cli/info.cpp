@@ -23,8 +23,8 @@ void show_program() {
   if (!gpu::available()) return fmt::print("no GPU: {}\n", gpu::why_unavailable());
   const gpu::Info gpu = gpu::info();
   MatmulRate rate(Device::cuda);
-  fmt::print("{}, compute capability {}.{}, {:.1f} GiB, {:.1f} free\n{}: {:.0f} GFLOP/s\n", gpu.name,
-             gpu.major, gpu.minor, static_cast<double>(gpu.total_bytes) / (1 << 30),
+  fmt::print("{}, compute capability {}.{}, {:.1f} GiB, {:.1f} free\n{}: {:.0f} GFLOP/s\n",
+             gpu.name, gpu.major, gpu.minor, static_cast<double>(gpu.total_bytes) / (1 << 30),
              static_cast<double>(gpu.free_bytes) / (1 << 30), rate.name(), rate.measure() / 1e9);
 }
 

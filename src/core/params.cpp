@@ -76,6 +76,12 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
   round();
 }
 
+size_t Params::bytes() const {
+  size_t sum = decays_memory_.bytes() + rounded_memory_.bytes();
+  for (const Buffer& memory : memory_) sum += memory.bytes();
+  return sum;
+}
+
 void Params::round() {
   if (rounded_)
     gpu::round_to_bf16(rounded_.data, values_.data, static_cast<size_t>(values_.numel()));

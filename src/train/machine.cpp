@@ -75,6 +75,16 @@ size_t peak_resident_bytes() {
   return resident_bytes();
 }
 
+size_t held_bytes(Device device) {
+  if (device == Device::cpu) return resident_bytes();
+  const gpu::Info gpu = gpu::info();
+  return gpu.total_bytes - gpu.free_bytes;
+}
+
+size_t peak_held_bytes(Device device) {
+  return device == Device::cuda ? held_bytes(device) : peak_resident_bytes();
+}
+
 void reset_peak_resident() {
   ::malloc_trim(0);  // what was freed would count as held
   std::ofstream("/proc/self/clear_refs") << '5';

@@ -32,4 +32,9 @@ size_t resident_bytes();
 size_t peak_resident_bytes();
 void reset_peak_resident();
 
+/// The same of a device's memory; of the GPU's, what is in use now, by whomever: a run takes what
+/// it needs before its first step and keeps it.
+size_t held_bytes(Device device);
+size_t peak_held_bytes(Device device);
+
 }  // namespace entrain
