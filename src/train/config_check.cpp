@@ -164,10 +164,8 @@ void check_train(const TrainConfig& t) {
 void check_paths(const RunConfig& c) {
   require_key(!c.data.path.empty(), "data.path", "is empty; name a token store");
   require_key(!c.dir.empty(), "run.dir", "is empty; name a folder");
-  require_key(c.device == "auto" || c.device == "cpu" || c.device == "cuda", "run.device",
-              "is none of auto, cpu, cuda");
-  require_key(c.dtype == "auto" || c.dtype == "f32" || c.dtype == "bf16", "run.dtype",
-              "is none of auto, f32, bf16");
+  one_of({"auto", "cpu", "cuda"}, "run.device", c.device);
+  one_of({"auto", "f32", "bf16"}, "run.dtype", c.dtype);
   const auto same = [](const std::string& a, const std::string& b) {
     return std::filesystem::path(a).lexically_normal() ==
            std::filesystem::path(b).lexically_normal();

@@ -19,10 +19,12 @@ Device choose_device(const std::string& name) {
 DType choose_dtype(const std::string& name, Device device) {
   if (name == "f32") return DType::f32;
   if (name != "auto" && name != "bf16") {
-    throw ConfigError(fmt::format("dtype {} is not auto, f32 or bf16", name));
+    throw ConfigError(fmt::format("run.dtype {} is not auto, f32 or bf16", name));
   }
   if (device == Device::cuda) return DType::bf16;
-  if (name == "bf16") throw ConfigError("bf16 is the GPU's; the CPU trains in f32");
+  if (name == "bf16") {
+    throw ConfigError("run.dtype bf16 is the GPU's; the CPU computes in f32: take f32 or auto");
+  }
   return DType::f32;
 }
 

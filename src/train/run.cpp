@@ -379,7 +379,10 @@ RunEnd Run::train(bool resume) {
 
 RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener) {
   // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
-  static const double rate = MatmulRate(choose_device(config.device)).measure();
+  static double rate = 0;
+  together(comm, [&] {
+    if (rate == 0) rate = MatmulRate(choose_device(config.device)).measure();
+  });
   reset_peak_resident();
   std::optional<Run> run;
   together(comm, [&] { run.emplace(config, comm, listener, rate); });

@@ -8,6 +8,7 @@
 #include "core/h5.h"
 #include "data/sampler.h"
 #include "train/config_keys.h"
+#include "train/device.h"
 #include "train/result.h"
 #include "train/train_step.h"
 #include "train/yaml.h"
@@ -104,7 +105,9 @@ void require_startable(const Study& study, const std::vector<size_t>& runs, Comm
   for (const size_t i : runs) {
     const RunConfig& config = study.runs[i].config;
     const BatchPlan shared(config.train, comm.size());
-    if (comm.rank() != 0 || !seen.emplace(config.data.path, config.data.seq_len).second) continue;
+    if (comm.rank() != 0) continue;
+    choose_dtype(config.dtype, choose_device(config.device));
+    if (!seen.emplace(config.data.path, config.data.seq_len).second) continue;
     const TokenStore store(config.data.path, /*verify=*/false);  // each run verifies
     require_sequence(store, Split::validation, config.data.seq_len);
     const Sampler sampler(store, config.data.seq_len, config.train.seed);

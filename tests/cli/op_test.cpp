@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "core/h5.h"
+#include "tests/kernels/gpu.h"
 #include "tests/program.h"
 #include "tests/support.h"
 #include "tests/temp_dir.h"
@@ -45,28 +46,34 @@ const Vectors vectors[] = {{"entmax", "entmax", 1e-6, 1e-5},
                            {"model", "model_infllmv2", 1e-6, 1e-5},
                            {"nsa", "nsa", 1e-6, 1e-5}};
 
-TEST(Op, MeetsTheReferenceVectors) {
+void expect_met(const Vectors& v, const std::string& arithmetic, double bound) {
   const TempDir dir;
-  for (const Vectors& v : vectors) {
-    const std::string in = fmt::format(TEST_VECTORS "/{}.h5", v.file);
-    for (const char* dtype : {"f64", "f32"}) {
-      const std::string out = dir / fmt::format("{}_{}.h5", v.file, dtype);
-      const Ended result = run_entrain(
-          fmt::format("op {} --in {} --out {} --dtype {}", v.operation, in, out, dtype));
-      ASSERT_EQ(result.code, 0) << result.err;
-      const h5::File expected = h5::File::open(in), actual = h5::File::open(out);
-      const double bound = dtype == std::string("f64") ? v.f64 : v.f32;
-      for (const std::string& group : expected.groups()) {
-        for (const char* section : {"/out", "/grad"}) {
-          for (const std::string& name : expected.datasets(group + section)) {
-            const std::string path = group + section + "/" + name;
-            EXPECT_LE(error_of(path, actual.read(path), expected.read(path)), bound)
-                << v.file << " " << path << " " << dtype;
-          }
-        }
+  const std::string in = fmt::format(TEST_VECTORS "/{}.h5", v.file), out = dir / "out.h5";
+  const Ended result =
+      run_entrain(fmt::format("op {} --in {} --out {} {}", v.operation, in, out, arithmetic));
+  ASSERT_EQ(result.code, 0) << result.err;
+  const h5::File expected = h5::File::open(in), actual = h5::File::open(out);
+  for (const std::string& group : expected.groups()) {
+    for (const char* section : {"/out", "/grad"}) {
+      for (const std::string& name : expected.datasets(group + section)) {
+        const std::string path = group + section + "/" + name;
+        EXPECT_LE(error_of(path, actual.read(path), expected.read(path)), bound)
+            << v.file << " " << path << " " << arithmetic;
       }
     }
   }
+}
+
+TEST(Op, MeetsTheReferenceVectors) {
+  for (const Vectors& v : vectors) {
+    expect_met(v, "--device cpu --dtype f64", v.f64);
+    expect_met(v, "--device cpu --dtype f32", v.f32);
+  }
+}
+
+TEST(Op, MeetsTheReferenceVectorsOnTheGpu) {
+  NEEDS_GPU();
+  for (const Vectors& v : vectors) expect_met(v, "--device cuda --dtype f32", v.f32);
 }
 
 // One case whose inputs a test then spoils.

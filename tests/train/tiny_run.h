@@ -117,7 +117,7 @@ data: {{path: {}, seq_len: 64}}
 train: {{steps: 12, global_batch: 6, micro_batch: 2, lr: 3.0e-3, log_every: 1}}
 checkpoint: {{every: 0, keep: 0}}
 eval: {{every: 0, sequences: 4}}
-run: {{dir: {}}}
+run: {{dir: {}, device: cpu}}
 )",
                                              dir / "tokens.h5", dir / "run"));
   }
