@@ -21,11 +21,10 @@ struct KeyGradients {
   static constexpr int block_bytes = D / 64 * panel_bytes;
   static constexpr int stages = D == 64 ? 6 : 4;
   static constexpr int row_bytes = 2 * block_rows * 4;  // of log sums and deltas
-  static constexpr int stage_bytes = 2 * block_bytes + row_bytes;
   static constexpr int own_bytes = 2 * groups * block_bytes;
   // Blocks come first, each at a multiple of 1024, then rows' numbers, then barriers.
   static constexpr int rows_at = own_bytes + stages * 2 * block_bytes;
-  static constexpr int barriers_at = own_bytes + stages * stage_bytes;
+  static constexpr int barriers_at = rows_at + stages * row_bytes;
   static constexpr int shared_bytes = 1024 + barriers_at + 8 * (2 * stages + 2);
 };
 
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
       for (int head = r * p.g; head < (r + 1) * p.g; ++head) {
         for (int t = block; t < p.blocks; ++t) {
           ring.wait_empty();
-          barrier_arrive_expecting(ring.full(), Shape::stage_bytes);
+          barrier_arrive_expecting(ring.full(), 2 * Shape::block_bytes + Shape::row_bytes);
           copy_block<D>(q_block(ring.stage), q_map, ring.full(), t * block_rows, head, b);
           copy_block<D>(dout_block(ring.stage), dout_map, ring.full(), t * block_rows, head, b);
           const int64_t row = p.row(b, head, t * block_rows);
