@@ -98,10 +98,8 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
   for_items(items, [&](int item) {
     const int b = item % key_heads / p.Hkv, r = item % p.Hkv, block = block_of(item);
     const int steps = (p.blocks - block) * p.g;
-    constexpr bool in_registers = D == 64;
     own.wait_full();
-    const OwnBlock<D, in_registers> k(k_block(mine)), v(v_block(mine));
-    if constexpr (in_registers) warp_arrive(own.empty(0));
+    const OwnBlock<D, false> k(k_block(mine)), v(v_block(mine));
 
     float s[8][4], dp[8][4], dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     Fragment weights[4], ds[4];
@@ -170,7 +168,7 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
     pin(dk_sum);
     pin(dv_sum);
     warp_arrive(ring.empty(before));
-    if constexpr (!in_registers) warp_arrive(own.empty(0));
+    warp_arrive(own.empty(0));
     own.next();
     const int first = (block + mine) * block_rows;
     store_sums(dk_sum, p.scale, dk, b, r, first, p.N);

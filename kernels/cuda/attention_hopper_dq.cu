@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     const float log_sum[2] = {p.log_sums[row], p.log_sums[row + 8]};
     const float delta[2] = {p.deltas[row], p.deltas[row + 8]};
     own.wait_full();
-    const OwnBlock<D, true> q(q_block(mine)), dout(dout_block(mine));
-    warp_arrive(own.empty(0));
-    own.next();
+    constexpr bool in_registers = D > 64;
+    const OwnBlock<D, in_registers> q(q_block(mine)), dout(dout_block(mine));
+    if constexpr (in_registers) warp_arrive(own.empty(0));
 
     float s[8][4], dp[8][4], sum[D / 8][4] = {};
     Fragment ds[4];
@@ -171,6 +171,8 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     products_wait<0>();
     pin(sum);
     warp_arrive(ring.empty(before));
+    if constexpr (!in_registers) warp_arrive(own.empty(0));
+    own.next();
     store_sums(sum, p.scale, dq, b, head, block * block_rows, p.N);
   });
 #endif

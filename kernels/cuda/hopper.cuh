@@ -118,12 +118,10 @@ struct Block {
   /// Left or right operand of a b^T, columns [16 step, 16 step + 16): its groups of 8 rows are 1024
   /// bytes apart.
   __device__ uint64_t rows(int step) const {
-    return descriptor(address + step / 4 * panel_bytes + step % 4 * 32, 16);
+    return descriptor(16, step / 4 * panel_bytes + step % 4 * 32);
   }
   /// Right operand of a b, rows [16 step, 16 step + 16): its panels are panel_bytes apart.
-  __device__ uint64_t columns(int step) const {
-    return descriptor(address + step * 2048, panel_bytes);
-  }
+  __device__ uint64_t columns(int step) const { return descriptor(panel_bytes, step * 2048); }
   /// A warp's 16 rows from `row` on, columns [16 step, 16 step + 16), as a left operand.
   __device__ void left(Fragment& to, int row, int step) const {
     const uint32_t lane = threadIdx.x % 32, r = row + lane % 16;
@@ -132,9 +130,10 @@ struct Block {
   }
 
  private:
-  __device__ static uint64_t descriptor(uint32_t at, uint32_t leading) {
-    return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{leading / 16} << 16 |
-           (at & 0x3ffff) / 16;
+  /// At a multiple of 16 bytes, in the lower half, so that a step adds a constant to it.
+  __device__ uint64_t descriptor(uint32_t leading, uint32_t offset) const {
+    const uint32_t low = (address / 16 | leading / 16 << 16) + offset / 16;
+    return uint64_t{1u << 30 | 1024 / 16} << 32 | low;
   }
 };
 
