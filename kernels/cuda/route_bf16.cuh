@@ -15,7 +15,6 @@
 namespace entrain::cuda {
 
 constexpr int bf16_threads = 384, bf16_warps = bf16_threads / 32;
-constexpr int most_row_tiles = 6;    // of 16 rows: 96 rows
 constexpr int64_t bf16_width = 512;  // candidates: 32 groups of 16 have a bit each in a word
 // Lesser routing weights count as none: their gradients, D / (sigma w), could overflow a float.
 constexpr float least_weight = 1e-35f;
@@ -83,7 +82,9 @@ struct Bf16RouteTile {
         own(reinterpret_cast<int*>(shared + p.shape.own)),
         live(reinterpret_cast<unsigned*>(shared + p.shape.live)) {}
 
-  /// Scores of the tile's queries. All parts of the tile may be read on return.
+  /// Scores of the tile's queries, up to 16 row_tiles rows. All parts of the tile may be read on
+  /// return.
+  template <int row_tiles>
   __device__ void load(int64_t batch, int64_t head, int64_t tile) {
     const Bf16RouteShape& s = p.shape;
     b = batch;
@@ -99,7 +100,7 @@ struct Bf16RouteTile {
     if (threadIdx.x == 0) *live = 0;
     p.packed ? load_queries<8>() : load_queries<1>();
     __syncthreads();
-    score();
+    score<row_tiles>();
     __syncthreads();
   }
 
@@ -180,6 +181,7 @@ struct Bf16RouteTile {
 
   /// z = (alpha - 1) scale q . kbar: a warp takes eight columns of all rows, so that a block splits
   /// each summary once. The next 16 dimensions of summaries are on their way meanwhile.
+  template <int row_tiles>
   __device__ void score() {
     const Bf16RouteShape& s = p.shape;
     const int x = lane() / 4, t = lane() % 4, tiles = s.rows / 16;
@@ -195,7 +197,7 @@ struct Bf16RouteTile {
           if (c0 + x < width && at + 2 * t < s.D) load_pair(to[i], key + at);
         }
       };
-      float sum[most_row_tiles][4] = {};
+      float sum[row_tiles][4] = {};
       double next[2][2];
       load_keys(next, 0);
 #pragma unroll 1
@@ -208,7 +210,7 @@ struct Bf16RouteTile {
         }
         load_keys(next, d + 16);
 #pragma unroll
-        for (int m = 0; m < most_row_tiles; ++m) {
+        for (int m = 0; m < row_tiles; ++m) {
           if (m >= tiles) break;
           Fragment a;
           load_matrices(a, a_at + 2 * (16 * m * s.q_step + d));
@@ -218,7 +220,7 @@ struct Bf16RouteTile {
       }
       const int c = c0 + 2 * t;
 #pragma unroll
-      for (int i = 0; i < 2 * most_row_tiles; ++i) {
+      for (int i = 0; i < 2 * row_tiles; ++i) {
         if (i / 2 >= tiles) break;
         const int row = 8 * i + x, m = n[row];
         const float* pair = sum[i / 2] + i % 2 * 2;
@@ -229,10 +231,11 @@ struct Bf16RouteTile {
   }
 };
 
-/// Tiles of up to 96 rows, as many as leave room for two blocks in a multiprocessor, or for one;
-/// bytes 0 where this way of routing does not do. weights: whether a tile keeps w.
+/// Tiles of up to 16 row_tiles rows: as many as leave room for two blocks in a multiprocessor, or
+/// for one; bytes 0 where this way of routing does not do. weights: whether a tile keeps w.
 inline Bf16RouteShape bf16_route_shape(const Tensor& q, const Tensor& kbar,
-                                       const DashRouting& routing, int64_t first, bool weights) {
+                                       const DashRouting& routing, int64_t first, int row_tiles,
+                                       bool weights) {
   const RouteShape of = route_shape_of(q, kbar, routing, first);
   Bf16RouteShape s = {};
   s.B = of.B, s.Hq = of.Hq, s.Hkv = of.Hkv, s.N = of.N, s.M = of.M;
@@ -242,7 +245,7 @@ inline Bf16RouteShape bf16_route_shape(const Tensor& q, const Tensor& kbar,
     return s;
   }
   const auto [most, half] = SharedMemory::of_device();
-  for (int rows = 16 * most_row_tiles; rows >= s.g; rows -= 16) {
+  for (int rows = 16 * row_tiles; rows >= s.g; rows -= 16) {
     s.cut(static_cast<int>(std::min<int64_t>(s.N, rows / s.g)), weights);
     if (s.bytes <= half) return s;
   }
