@@ -1,6 +1,7 @@
 // Attention over blocks of keys: which kernel computes a problem, and the counters of what it read.
-// Plain causal attention in bf16 goes to the library where there is one, everything else to our own
-// kernels, attention_bf16.cu and attention_f32.cu.
+// Plain causal attention in bf16 goes to the library where there is one, its backward pass on
+// Hopper to kernels for that GPU, everything else to those for any problem, attention_bf16_*.cu and
+// attention_f32.cu.
 #include <cmath>
 #include <limits>
 
@@ -157,23 +158,33 @@ void Kernels<Device::cuda>::attention_backward(Tensor q, Tensor k, Tensor v, Ten
   for (const Tensor* like_k : {&v, &dk, &dv}) check_like("v, dk or dv", *like_k, k);
   for (const Tensor* like_q : {&o, &dout, &dq}) check_like("o, dout or dq", *like_q, q);
   if (p.B * p.Hq * p.N == 0) return;
-  if (!dbias && !add_dq && library_takes(p, q, k)) {
+  auto* floats = reinterpret_cast<float*>(pointer<uint8_t>(scratch));
+  if (!dbias && !add_dq && hopper_attention_takes(p, {q, k, v, o, dout, dq, dk, dv})) {
+    hopper_attention_backward(p, Rows<bf16>(q), Rows<bf16>(k), Rows<bf16>(v), Rows<bf16>(o),
+                              Rows<bf16>(dout), pointer<float>(lse), floats,
+                              {Rows<bf16>(dq), Rows<bf16>(dk), Rows<bf16>(dv), nullptr, false});
+    return;
+  }
+  if (!dbias && !add_dq && !hopper_attention_takes(p, {q, k}) && library_takes(p, q, k)) {
     dense_attention_backward(p, q, k, v, o, dout, pointer<float>(lse), dq, dk, dv,
                              pointer<uint8_t>(scratch));
     return;
   }
-  auto* delta = reinterpret_cast<float*>(pointer<uint8_t>(scratch));
   by_type(q, [&]<class T>(T) {
     const AttentionGrads<T> grads{Rows<T>(dq), Rows<T>(dk), Rows<T>(dv), pointer<float>(dbias),
                                   add_dq};
     entrain::cuda::attention_backward(p, Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(o),
-                                      Rows<T>(dout), pointer<float>(lse), delta, grads);
+                                      Rows<T>(dout), pointer<float>(lse), floats, grads);
   });
 }
 
 template <>
 int64_t Kernels<Device::cuda>::attention_backward_scratch(Tensor q, Tensor k) {
   const int64_t delta = ceil_div(q[0] * q[1] * q[2] * 4, 256) * 256;  // f32 [B, Hq, N]
+  if (k[2] == q[2]) {
+    const AttentionProblem p(q, k, {});
+    if (hopper_attention_takes(p, {q, k})) return std::max(delta, hopper_attention_scratch(p));
+  }
   return std::max(delta, library_scratch(q, k, true));
 }
 

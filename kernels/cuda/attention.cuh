@@ -64,6 +64,16 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
                         Rows<bf16> o, Rows<bf16> dout, const float* lse, float* delta,
                         const AttentionGrads<bf16>& grads);
 
+// attention_hopper_dq.cu: backward of dense() problems in bf16, head_dim 64 or 128, on Hopper.
+/// Whether it takes a problem of these tensors; what it has checked of them holds for others that
+/// lie alike.
+bool hopper_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
+/// Bytes of scratch.
+int64_t hopper_attention_scratch(const AttentionProblem& p);
+void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                               const Rows<bf16>& v, const Rows<bf16>& o, const Rows<bf16>& dout,
+                               const float* lse, float* scratch, const AttentionGrads<bf16>& grads);
+
 // dense_attention.cpp where cuDNN is there, otherwise no_cudnn.cpp, which never takes a problem.
 /// Whether the library takes a problem of these shapes, strides and types: dense() ones in bf16.
 bool dense_attention_takes(const AttentionProblem& p, const Tensor& q, const Tensor& k);

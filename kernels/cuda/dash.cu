@@ -2,7 +2,7 @@
 // on blocks. Scores never leave shared memory: what goes to global memory is tau, mask and bias.
 #include <cmath>
 
-#include "kernels/cuda/route_tile.cuh"
+#include "kernels/cuda/dash_bf16.cuh"
 
 namespace entrain {
 namespace cuda {
@@ -142,7 +142,7 @@ template <>
 void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing,
                                        Tensor tau, const BlockSet& blocks, Tensor weights,
                                        Tensor read) const {
-  if (q.numel() == 0) return;
+  if (q.numel() == 0 || route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
   const RouteShape s = route_shape(q, kbar, routing, blocks.first);
   const auto grid = static_cast<unsigned>(s.tiles() * s.B * s.Hkv);
   auto* mask = reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask));

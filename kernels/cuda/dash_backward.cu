@@ -4,7 +4,7 @@
 // tile has one.
 #include <cmath>
 
-#include "kernels/cuda/route_tile.cuh"
+#include "kernels/cuda/dash_bf16.cuh"
 
 namespace entrain {
 namespace cuda {
@@ -257,9 +257,11 @@ void Kernels<Device::cuda>::dash_route_backward(Tensor q, Tensor kbar, const Das
                                                 Tensor tau, Tensor dbias, Tensor dq_sum,
                                                 Tensor dkbar, Tensor scratch) const {
   if (dkbar.numel() == 0) return;
-  const RouteShape s = route_shape(q, kbar, routing, 0);
   check_pairs("dq", dq_sum);
-  const int64_t parts = backward_parts(q.shape, kbar.shape), n = s.M * s.D;
+  const int64_t parts = backward_parts(q.shape, kbar.shape);
+  if (route_backward_bf16(q, kbar, routing, tau, dbias, dq_sum, dkbar, parts, scratch)) return;
+  const RouteShape s = route_shape(q, kbar, routing, 0);
+  const int64_t n = s.M * s.D;
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(s.Hkv),
                   static_cast<unsigned>(s.B));
   by_type(q, [&]<class T>(T) {

@@ -13,13 +13,15 @@ struct Lanes {
 
   __device__ explicit Lanes(int width) : width(width), rank(threadIdx.x % width) {}
 
-  __device__ double sum(double x) const {
+  template <class T>
+  __device__ T sum(T x) const {
     for (int o = width / 2; o > 0; o /= 2) x += __shfl_xor_sync(0xffffffffu, x, o);
     return x;
   }
   /// Ignores NaN.
-  __device__ double max(double x) const {
-    for (int o = width / 2; o > 0; o /= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, o));
+  template <class T>
+  __device__ T max(T x) const {
+    for (int o = width / 2; o > 0; o /= 2) x = ::fmax(x, __shfl_xor_sync(0xffffffffu, x, o));
     return x;
   }
 };

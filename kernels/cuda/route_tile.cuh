@@ -197,10 +197,9 @@ struct RouteTile {
   }
 };
 
-/// Tiles of up to 64 rows: as many as leave room for two blocks in a multiprocessor, where that is
-/// 16 or more, else as many as fit.
-inline RouteShape route_shape(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-                              int64_t first) {
+/// What is to be routed, not yet cut into tiles.
+inline RouteShape route_shape_of(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+                                 int64_t first) {
   const bool fit = q.shape.rank == 4 && kbar.shape.rank == 4 && q[0] == kbar[0] &&
                    q[3] == kbar[3] && kbar[1] > 0 && q[1] % kbar[1] == 0 &&
                    kbar[2] * routing.chunk >= first + q[2];
@@ -210,11 +209,19 @@ inline RouteShape route_shape(const Tensor& q, const Tensor& kbar, const DashRou
          std::to_string(routing.chunk));
   }
   check_pairs("kbar", kbar);
-  RouteShape s;
+  RouteShape s = {};
   s.B = q[0], s.Hq = q[1], s.Hkv = kbar[1], s.N = q[2], s.M = kbar[2];
   s.g = static_cast<int>(s.Hq / s.Hkv);
   s.D = static_cast<int>(q[3]);
   s.width = static_cast<int>(candidates(routing, (first + s.N - 1) / routing.chunk));
+  return s;
+}
+
+/// Tiles of up to 64 rows: as many as leave room for two blocks in a multiprocessor, where that is
+/// 16 or more, else as many as fit.
+inline RouteShape route_shape(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+                              int64_t first) {
+  RouteShape s = route_shape_of(q, kbar, routing, first);
   s.cut(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(s.N, 64 / s.g))));
   const auto [most, half] = SharedMemory::of_device();
   while (s.queries > 1 && s.bytes > half && s.rows >= 32) s.cut(s.queries / 2);

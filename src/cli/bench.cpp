@@ -135,13 +135,14 @@ void bench_train(const TrainShape& s) {
   step.run();  // warms up
   step.run();
   step.attention_flops();
+  MatmulRate matmul(device);
   std::vector<double> seconds, rates, share;
   double flops = 0;
   for (int i = 0; i < s.repeats; ++i) {
     seconds.push_back(timed([&] { step.run(); }));
     flops = 6.0 * static_cast<double>(s.batch * step.decoder().products(s.tokens)) +
             step.attention_flops();
-    rates.push_back(matmul_rate(device));
+    rates.push_back(matmul.measure());
     share.push_back(flops / seconds.back() / rates.back());
   }
   step.time_parts();
@@ -150,8 +151,7 @@ void bench_train(const TrainShape& s) {
   double passes = 0;
   for (const auto& [name, time] : step.parts()) passes += time.forward + time.backward;
   const double time = median(seconds);
-  const size_t peak = device == Device::cuda ? gpu::info().total_bytes - gpu::info().free_bytes
-                                             : peak_resident_bytes();
+  const size_t peak = peak_held_bytes(device);
 
   if (s.json) {
     nlohmann::ordered_json out{{"tokens_per_second", tokens / time},
@@ -186,7 +186,7 @@ void bench_train(const TrainShape& s) {
   fmt::print("  {:<18}{:>7.2f} ms, median of {}\n", "step", 1e3 * time, s.repeats);
   fmt::print("  {:.0f} tokens/s, {:.3f} TFLOP/s of {:.2f} TFLOP in a step\n", tokens / time,
              flops / time / 1e12, flops / 1e12);
-  fmt::print("  {}: {:.3f} TFLOP/s; the step runs at {:.1f} % of it\n", matmul_name(device),
+  fmt::print("  {}: {:.3f} TFLOP/s; the step runs at {:.1f} % of it\n", matmul.name(),
              median(rates) / 1e12, 100 * median(share));
   fmt::print("  activations and gradients {:.0f} MiB, in all {:.0f} MiB\n",
              static_cast<double>(step.memory()) / (1 << 20), static_cast<double>(peak) / (1 << 20));
@@ -314,6 +314,7 @@ void bench_attention(AttentionShape s) {
     Row& row = add({.method = "dash", .chunk = s.chunk}, density);
     row.density = row.layer.seek(density);
   }
+  MatmulRate matmul(s.on);
   std::vector<double> rates;
   for (int i = 0; i <= s.repeats; ++i) {  // side by side: noise meets all alike
     double full_time = 0;
@@ -326,7 +327,7 @@ void bench_attention(AttentionShape s) {
       row->router.push_back(router);
       row->of_full.push_back((engine + router) / full_time);
     }
-    rates.push_back(matmul_rate(s.on));
+    rates.push_back(matmul.measure());
   }
   fmt::print("attention: batch {}, {}/{} heads of {}, {} tokens, chunk {}, {}\n", s.batch, s.n_head,
              s.n_kv_head, s.head_dim, s.tokens, s.chunk, where(s.on));
@@ -344,7 +345,7 @@ void bench_attention(AttentionShape s) {
                1e3 * median(row->router), median(row->of_full), engine / row->density / first,
                row->density * flops / engine / 1e9);
   }
-  fmt::print("{}: {:.1f} GFLOP/s\n", matmul_name(s.on), median(rates) / 1e9);
+  fmt::print("{}: {:.1f} GFLOP/s\n", matmul.name(), median(rates) / 1e9);
 }
 
 }  // namespace

@@ -17,14 +17,15 @@ namespace entrain::cli {
 namespace {
 
 void show_program() {
+  MatmulRate cpu(Device::cpu);
   fmt::print("entrain {}\nthreads {}\n{}: {:.0f} GFLOP/s\n", code_version(), omp_get_max_threads(),
-             matmul_name(Device::cpu), matmul_rate(Device::cpu) / 1e9);
+             cpu.name(), cpu.measure() / 1e9);
   if (!gpu::available()) return fmt::print("no GPU: {}\n", gpu::why_unavailable());
   const gpu::Info gpu = gpu::info();
+  MatmulRate rate(Device::cuda);
   fmt::print("{}, compute capability {}.{}, {:.1f} GiB, {:.1f} free\n{}: {:.0f} GFLOP/s\n",
              gpu.name, gpu.major, gpu.minor, static_cast<double>(gpu.total_bytes) / (1 << 30),
-             static_cast<double>(gpu.free_bytes) / (1 << 30), matmul_name(Device::cuda),
-             matmul_rate(Device::cuda) / 1e9);
+             static_cast<double>(gpu.free_bytes) / (1 << 30), rate.name(), rate.measure() / 1e9);
 }
 
 void show_tokens(const std::string& path) {

@@ -52,10 +52,11 @@ struct Attention {
 
 }  // namespace
 
+/// Scores are never rounded to bf16: routers take them as they are summed.
 void run_entmax(Case& c) {
   const double alpha = c.parameter("alpha", 1.5);
   check_alpha(c, alpha);
-  const Tensor z = c.input("z", c.real, 2), length = c.input("length", DType::i32, 1);
+  const Tensor z = c.input("z", c.sum_type(), 2), length = c.input("length", DType::i32, 1);
   require(length[0] == z[0], "{}: {} lengths for {} rows", c.where(), length[0], z[0]);
   const int32_t* lengths = c.host(length).ptr<int32_t>();
   for (int64_t r = 0; r < z[0]; ++r) {
@@ -63,13 +64,13 @@ void run_entmax(Case& c) {
     require(n >= 0 && n <= z[1], "{}: length {} of row {} is not in [0, {}]", c.where(), n, r,
             z[1]);
   }
-  const Tensor p = c.result("out/out", z.shape);
+  const Tensor p = c.result("out/out", z.shape, c.sum_type());
   with_kernels(c.device, [&](auto kernels) { kernels.entmax(z, length, alpha, p); });
   if (!c.has("dout")) return;
-  const Tensor dout = c.input("dout", c.real, 2);
+  const Tensor dout = c.input("dout", c.sum_type(), 2);
   require(dout.shape == z.shape, "{}: dout {} is not of the shape of z {}", c.where(),
           dout.shape.to_string(), z.shape.to_string());
-  const Tensor dz = c.result("grad/z", z.shape);
+  const Tensor dz = c.result("grad/z", z.shape, c.sum_type());
   with_kernels(c.device, [&](auto kernels) { kernels.entmax_backward(p, dout, alpha, dz); });
 }
 

@@ -44,6 +44,7 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
   if (dtype == DType::bf16) rounded_ = make(rounded_memory_, DType::bf16);
 
   Mirror values(values_), decays(decays_);
+  std::vector<int64_t> starts;
   int64_t at = 0;
   for (const ParamSpec& spec : specs) {
     const int64_t n = spec.shape.numel();
@@ -53,21 +54,32 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
     params_.push_back({spec.name, window(values_),
                        spec.shape.rank > 1 ? window(rounded_) : Tensor{}, window(grads_),
                        window(m_), window(v_), spec.decay, spec.adopt});
-    Rng rng(seed, hash(spec.name));
-    auto fill = [&](auto* value) {
-      for (int64_t i = 0; i < n; ++i) {
-        const double noise = spec.init_std > 0 ? spec.init_std * rng.normal() : 0.0;
-        value[i] = static_cast<std::remove_reference_t<decltype(*value)>>(spec.init_mean + noise);
-      }
-    };
-    const Tensor host = values.host();
-    wide == DType::f64 ? fill(host.ptr<double>() + at) : fill(host.ptr<float>() + at);
+    starts.push_back(at);
     if (training) std::fill_n(decays.host().ptr<uint8_t>() + at, n, spec.decay ? 1 : 0);
     at = after(at, spec);
+  }
+  const Tensor host = values.host();
+  const auto fill = [&](auto* value, const ParamSpec& spec) {
+    Rng rng(seed, hash(spec.name));
+    for (int64_t i = 0; i < spec.shape.numel(); ++i) {
+      const double noise = spec.init_std > 0 ? spec.init_std * rng.normal() : 0.0;
+      value[i] = static_cast<std::remove_reference_t<decltype(*value)>>(spec.init_mean + noise);
+    }
+  };
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < specs.size(); ++i) {
+    wide == DType::f64 ? fill(host.ptr<double>() + starts[i], specs[i])
+                       : fill(host.ptr<float>() + starts[i], specs[i]);
   }
   values.upload();
   decays.upload();
   round();
+}
+
+size_t Params::bytes() const {
+  size_t sum = decays_memory_.bytes() + rounded_memory_.bytes();
+  for (const Buffer& memory : memory_) sum += memory.bytes();
+  return sum;
 }
 
 void Params::round() {

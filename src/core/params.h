@@ -56,6 +56,7 @@ class Params {
   Param packed(const std::string& first, int count) const;
 
   int64_t numel() const { return numel_; }
+  size_t bytes() const;                      // of all buffers
   Tensor values() const { return values_; }  // flat, with gaps of zeros
   Tensor grads() const { return grads_; }
   /// The gradients of parameters [first, first + count), in order of creation, as one flat tensor.

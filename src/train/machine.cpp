@@ -18,41 +18,42 @@
 
 namespace entrain {
 
-double matmul_rate(Device device) {
-  const int n = device == Device::cuda ? 8192 : 1024;
-  Arena arena(device);
-  Tensor x, w, y;
+MatmulRate::MatmulRate(Device device)
+    : device_(device), n_(device == Device::cuda ? 8192 : 1024), memory_(device) {
+  const DType dtype = device == Device::cuda ? DType::bf16 : DType::f32;
   for (const bool committed : {false, true}) {
-    if (committed) arena.commit();
-    const auto matrix = [&] {
-      return arena.alloc({n, n}, device == Device::cuda ? DType::bf16 : DType::f32);
-    };
-    x = matrix(), w = matrix(), y = matrix();
+    if (committed) memory_.commit();
+    for (Tensor* t : {&x_, &w_, &y_}) *t = memory_.alloc({n_, n_}, dtype);
   }
-  // Random values: products of constants run faster on a GPU.
-  for (const Tensor& t : {x, w}) {
-    Mirror values(t);
-    Rng rng(1, 0);
-    for (int64_t i = 0; i < t.numel(); ++i) {
-      values.host().ptr<float>()[i] = static_cast<float>(rng.uniform()) - 0.5f;
-    }
-    values.upload();
+  // Random values, as products of constants run faster on a GPU; a few, over and over.
+  std::vector<float> some(size_t{1} << 16);
+  Rng rng(1, 0);
+  for (float& value : some) value = static_cast<float>(rng.uniform()) - 0.5f;
+  for (const Tensor& t : {x_, w_}) {
+    Mirror mirror(t);
+    float* values = mirror.host().ptr<float>();
+    for (int64_t i = 0; i < t.numel(); ++i) values[i] = some[static_cast<size_t>(i) % some.size()];
+    mirror.upload();
   }
+}
+
+double MatmulRate::measure() {
   std::vector<double> rates;
-  Stopwatch watch(device);
+  Stopwatch watch(device_);
   for (int i = 0; i < 9; ++i) {
     watch.reset();
     watch.start();
-    with_kernels(device, [&](auto kernels) { kernels.linear(x, w, y); });
+    with_kernels(device_, [&](auto kernels) { kernels.linear(x_, w_, y_); });
     watch.stop();
-    if (device == Device::cuda) gpu::synchronize();
-    rates.push_back(2.0 * n * n * n / watch.seconds());
+    if (device_ == Device::cuda) gpu::synchronize();
+    const auto n = static_cast<double>(n_);
+    rates.push_back(2 * n * n * n / watch.seconds());
   }
   return median(rates);
 }
 
-std::string matmul_name(Device device) {
-  return device == Device::cuda ? "bf16 matrix product 8192^3" : "float32 matrix product 1024^3";
+std::string MatmulRate::name() const {
+  return device_ == Device::cuda ? "bf16 matrix product 8192^3" : "float32 matrix product 1024^3";
 }
 
 size_t physical_bytes() {
@@ -72,6 +73,16 @@ size_t peak_resident_bytes() {
     if (line.starts_with("VmHWM:")) return std::stoull(line.substr(6)) * 1024;  // in kB
   }
   return resident_bytes();
+}
+
+size_t held_bytes(Device device) {
+  if (device == Device::cpu) return resident_bytes();
+  const gpu::Info gpu = gpu::info();
+  return gpu.total_bytes - gpu.free_bytes;
+}
+
+size_t peak_held_bytes(Device device) {
+  return device == Device::cuda ? held_bytes(device) : peak_resident_bytes();
 }
 
 void reset_peak_resident() {

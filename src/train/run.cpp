@@ -88,7 +88,7 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
   config_.model.vocab = store_.vocab();
   require_sequence(store_, Split::validation, config.data.seq_len);
 
-  const size_t before = resident_bytes();
+  const size_t before = held_bytes(device_);
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
                    device_, choose_dtype(config.dtype, device_));
   const auto record = [&] {  // training and evaluation take turns in the same memory
@@ -98,7 +98,7 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
     evaluator_.emplace(*decoder_, memory_, config.data.seq_len);
   };
   record();
-  const size_t parameters = 4 * decoder_->params().values().bytes();
+  const size_t parameters = decoder_->params().bytes();
   say(fmt::format(
       "{} parameters, {} layers, attention {}; {} rank{}, {} sequences of {} tokens a step",
       decoder_->params().numel(), config.model.n_layer, config.attention.method, comm.size(),
@@ -308,7 +308,7 @@ void Run::evaluate() {
   evaluated_step_ = state_.step;
   const EvalResult result =
       evaluator_->run(store_, Split::validation, config_.eval.sequences, comm_);
-  double peak = static_cast<double>(peak_resident_bytes());
+  double peak = static_cast<double>(peak_held_bytes(device_));
   comm_.max(&peak, 1);
   std::string line =
       fmt::format("step {}: validation loss {:.4f}, perplexity {:.3f}, density {:.3f}", state_.step,
@@ -368,7 +368,7 @@ RunEnd Run::train(bool resume) {
       return RunEnd::stopped;
     }
   }
-  double peak = static_cast<double>(peak_resident_bytes());
+  double peak = static_cast<double>(peak_held_bytes(device_));
   comm_.max(&peak, 1);
   say(fmt::format("done: {} steps, {} tokens; peak memory a rank {:.0f} MiB", state_.step, tokens(),
                   mib(static_cast<size_t>(peak))));
@@ -381,7 +381,7 @@ RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listene
   // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
   static double rate = 0;
   together(comm, [&] {
-    if (rate == 0) rate = matmul_rate(choose_device(config.device));
+    if (rate == 0) rate = MatmulRate(choose_device(config.device)).measure();
   });
   reset_peak_resident();
   std::optional<Run> run;

@@ -53,6 +53,22 @@ bool same_as_cpu(Twin& twin) {
   return std::memcmp(twin.fetch().data, twin.cpu.data, twin.cpu.bytes()) == 0;
 }
 
+/// The share of a mask's M bits a row that differ.
+double share_of_flips(Twin& mask, int64_t M) {
+  const Tensor is = mask.fetch();
+  int64_t flips = 0;
+  for (int64_t i = 0; i < is.numel(); ++i) {
+    flips += std::popcount(is.ptr<uint64_t>()[i] ^ mask.cpu.ptr<uint64_t>()[i]);
+  }
+  return static_cast<double>(flips * mask.cpu[3]) / static_cast<double>(is.numel() * M);
+}
+
+/// What scores in float, where queries are bf16, allow an error of routing to be; in double,
+/// double.
+double routing_tolerance(DType real, double in_double, double in_float) {
+  return real == DType::bf16 ? in_float : in_double;
+}
+
 /// Heads side by side in rows of tokens, as a projection leaves them.
 Tensor heads(Tensor x, int64_t D) {
   return x.split(2, D).transpose(1, 2);
@@ -131,11 +147,12 @@ TEST(DashOnGpu, RoutesAsTheCpuDoes) {
     for (const Case& c : cases) {
       SCOPED_TRACE(std::to_string(&c - cases));
       Routed r(c, real);
-      EXPECT_TRUE(same_as_cpu(r.mask));
+      EXPECT_TRUE(real == DType::bf16 || same_as_cpu(r.mask));
+      EXPECT_LT(share_of_flips(r.mask, r.M), 5e-3);
       EXPECT_TRUE(same_as_cpu(r.read));
-      EXPECT_LT(error_of(r.tau), 1e-12);
-      EXPECT_LT(r.weights.error(), 1e-6);
-      EXPECT_LT(r.bias.error(), 1e-6);
+      EXPECT_LT(error_of(r.tau), routing_tolerance(real, 1e-12, 1e-5));
+      EXPECT_LT(r.weights.error(), routing_tolerance(real, 1e-6, 1e-4));
+      EXPECT_LT(r.bias.error(), routing_tolerance(real, 1e-6, 1e-2));
     }
   }
 }
@@ -168,7 +185,7 @@ TEST(DashOnGpu, RoutesBackAsTheCpuDoes) {
                                  heads(dq.cpu, c.D), dkbar.cpu, cpu_scratch.cpu);
       on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, dbias.gpu,
                                  heads(dq.gpu, c.D), dkbar.gpu, gpu_scratch.gpu);
-      EXPECT_LT(error_of(dkbar), 1e-9);
+      EXPECT_LT(error_of(dkbar), routing_tolerance(real, 1e-9, 1e-2));
       EXPECT_LT(dq.error(), tolerance(real));
       on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, dbias.gpu,
                                  heads(dq2.gpu, c.D), dkbar2.gpu, gpu_scratch.gpu);

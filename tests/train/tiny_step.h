@@ -6,12 +6,14 @@
 namespace entrain {
 
 struct TinyStep {
-  explicit TinyStep(const std::string& method, bool recompute = false)
+  explicit TinyStep(const std::string& method, bool recompute = false, Device device = Device::cpu,
+                    DType dtype = DType::f32)
       : config(config_of(method, recompute)),
         store(written(dir / "tokens.h5")),
         sampler(store, config.data.seq_len, 1),
-        decoder(config.model, config.attention, config.data.seq_len, 1, true, Device::cpu),
-        comm(make_comm()) {
+        decoder(config.model, config.attention, config.data.seq_len, 1, true, device, dtype),
+        comm(make_comm()),
+        memory(device) {
     for (const bool committed : {false, true}) {
       if (committed) memory.commit();
       memory.rewind();
@@ -29,7 +31,7 @@ struct TinyStep {
   Sampler sampler;
   Decoder decoder;
   std::unique_ptr<Comm> comm;
-  TapeMemory memory{Device::cpu};
+  TapeMemory memory;
   std::optional<TrainStep> step;
 
  private:
@@ -45,9 +47,10 @@ struct TinyStep {
     c.attention = {
         .method = method, .chunk = 16, .block = 16, .topk = 3, .l = 8, .d = 4, .window = 20};
     c.data.seq_len = 100;
-    c.train.steps = 10;
+    c.train.steps = 100;
     c.train.global_batch = 20;
     c.train.micro_batch = 10;
+    c.train.optim.lr = 3e-3;
     c.train.recompute = recompute;
     return c;
   }

@@ -1,0 +1,178 @@
+#pragma once
+// What the two halves of Hopper's dense causal backward pass share (attention_hopper_dq.cu,
+// attention_hopper_dkdv.cu).
+//
+// In both, a thread block stays on its multiprocessor and takes work items in turn. An item is a
+// tile of rows whose gradients it sums, 64 a warpgroup, which go through a sequence of 64-row
+// blocks of the other side, a step each. One more warp copies these ahead through a ring of stages.
+// A warpgroup holds its rows as left operands and computes from them, step by step,
+//   S = own other^T,  P = exp2(S scale - lse),  dP = own' other'^T,  dS = P (dP - delta),
+// in dq with queries as its own rows, in dk and dv with keys; then the sums in sum += P other' and
+// sum += dS other, whose left operands are the accumulators of before, rounded. Products run beside
+// the arithmetic on the results of earlier ones.
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/hopper.cuh"
+
+namespace entrain::cuda {
+
+constexpr float log2_e = 1.44269504f;
+
+/// A problem as the kernels take it.
+struct DenseBackward {
+  int B, Hq, Hkv, g, N;
+  int blocks;             // of 64 rows, the last one perhaps with fewer
+  const float* log_sums;  // [B, Hq, 64 blocks]: lse in base 2, infinity after the last row
+  const float* deltas;    // [B, Hq, 64 blocks]: sums of o dout over D, 0 after the last row
+  float scale;            // of logits in base e
+
+  __device__ int64_t row(int b, int head, int i) const {
+    return (int64_t{b} * Hq + head) * blocks * block_rows + i;
+  }
+};
+
+/// dk and dv; attention_hopper_dkdv.cu.
+void hopper_key_gradients(const AttentionProblem& p, const DenseBackward& dense,
+                          const Rows<bf16>& q, const Rows<bf16>& k, const Rows<bf16>& v,
+                          const Rows<bf16>& dout, const Rows<bf16>& dk, const Rows<bf16>& dv);
+
+#ifdef __CUDACC__
+
+template <class F>
+void by_dense_head_dim(int64_t D, F f) {
+  if (D == 64) return f(std::integral_constant<int, 64>{});
+  f(std::integral_constant<int, 128>{});
+}
+
+/// Two neighbouring floats in shared memory.
+__device__ __forceinline__ float2 load_pair(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+/// Calls f(item) for the items of this thread block. Items come longest first; every other round of
+/// blocks goes backwards, so that all get about the same work.
+template <class F>
+__device__ __forceinline__ void for_items(int items, F f) {
+  const auto blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  for (int round = 0; round * blocks < items; ++round) {
+    const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    if (item < items) f(item);
+  }
+}
+
+/// A place in a ring of stages, each with a barrier for "full" and one for "empty".
+template <int stages>
+struct Ring {
+  uint32_t barriers;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ uint32_t full() const { return barriers + 8 * stage; }
+  __device__ uint32_t empty(int of) const { return barriers + 8 * (stages + of); }
+  __device__ void wait_full() const { barrier_wait(full(), parity); }
+  __device__ void wait_empty() const { barrier_wait(empty(stage), parity ^ 1); }
+  __device__ void next() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ static void init(uint32_t barriers, int consumers) {
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(barriers + 8 * i, 1);
+      barrier_init(barriers + 8 * (stages + i), consumers);
+    }
+  }
+};
+
+/// One arrival for each warp, when all its lanes are here.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+/// Copies a block of D columns.
+template <int D>
+__device__ __forceinline__ void copy_block(Block to, const CUtensorMap& map, uint32_t barrier,
+                                           int row, int head, int batch) {
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel) {
+    copy_panel(to.address + panel * panel_bytes, map, barrier, panel * 64, row, head, batch);
+  }
+}
+
+/// A warpgroup's block as a left operand, in shared memory or in registers.
+///
+/// In registers it halves what products read from shared memory. But nvcc 13.0 (ptxas) gives these
+/// registers to the other left operands of a loop wherever those are as many, though they are
+/// needed again in its next round: only where D = 128 are they not.
+template <int D, bool in_registers>
+class OwnBlock {
+ public:
+  __device__ explicit OwnBlock(Block block) : block_(block) {
+    if constexpr (in_registers) {
+      const int row = static_cast<int>(threadIdx.x) % warpgroup / 32 * 16;
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) block.left(fragments_[step], row, step);
+    }
+  }
+  /// c = own other^T
+  __device__ void by_rows(float (&c)[8][4], Block other) const {
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      if constexpr (in_registers) {
+        product<false>(c, fragments_[step], other.rows(step), step > 0);
+      } else {
+        product(c, block_.rows(step), other.rows(step), step > 0);
+      }
+    }
+  }
+
+ private:
+  Block block_;
+  Fragment fragments_[in_registers ? D / 16 : 1];
+};
+
+/// An accumulator, rounded, as a left operand.
+__device__ __forceinline__ void round_to(Fragment (&to)[4], const float (&from)[8][4]) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = &from[2 * step + i / 2][i % 2 * 2];
+      to[step][i] = pack(pair[0], pair[1]);
+    }
+  }
+}
+
+/// sum += a other
+template <int n>
+__device__ __forceinline__ void add_product(float (&sum)[n][4], const Fragment (&a)[4],
+                                            Block other) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) product<true>(sum, a[step], other.columns(step), true);
+}
+
+/// Writes a warpgroup's sums, its rows starting at `first`, to those of a head.
+template <int n>
+__device__ __forceinline__ void store_sums(const float (&sum)[n][4], float factor,
+                                           const Rows<bf16>& to, int b, int head, int first,
+                                           int N) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first + thread / 32 * 16 + i * 8 + thread % 32 / 4;
+    if (row < 0 || row >= N) continue;
+    bf16* at = to.at(b, head, row) + thread % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      *reinterpret_cast<uint32_t*>(at + 8 * j) =
+          pack(sum[j][2 * i] * factor, sum[j][2 * i + 1] * factor);
+    }
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace entrain::cuda

@@ -1,0 +1,17 @@
+#pragma once
+// DashAttention's router for bf16 queries, in float; dash.cu and dash_backward.cu call it where it
+// fits.
+#include "kernels/cuda/route_bf16.cuh"
+
+namespace entrain::cuda {
+
+/// Whether it routed: not with softmax before entmax, over more than 512 candidates or float.
+bool route_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing, const Tensor& tau,
+                const BlockSet& blocks, const Tensor& weights, const Tensor& read);
+
+/// Whether it did. scratch: f32 [B, Hkv, parts, M, D].
+bool route_backward_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+                         const Tensor& tau, const Tensor& dbias, const Tensor& dq_sum,
+                         const Tensor& dkbar, int64_t parts, const Tensor& scratch);
+
+}  // namespace entrain::cuda

@@ -1,0 +1,134 @@
+#pragma once
+// alpha-entmax of rows in shared memory, in float: what routes bf16 queries. entmax_row.cuh is the
+// same in double, kernels/cpu/entmax.h has the mathematics.
+//
+// A row holds a = (alpha - 1) (z - max z), or z - max z for alpha = 1, and -infinity from its last
+// entry up to a multiple of four: eight lanes share it, four neighbouring entries each at a time.
+#include "kernels/cuda/entmax_row.cuh"
+
+namespace entrain::cuda {
+
+constexpr int row_lanes = 8;
+
+/// Calls f(four entries, their first column) for a lane's entries of the first n of a row.
+template <class F>
+__device__ __forceinline__ void for_fours(float* row, int n, F f) {
+#pragma unroll 2
+  for (int c = 4 * (threadIdx.x % row_lanes); c < n; c += 4 * row_lanes) {
+    f(*reinterpret_cast<float4*>(row + c), c);
+  }
+}
+
+/// Shifts a row so that the largest entry is 0, whatever NaN there is.
+__device__ inline void shift_row(float* row, int n) {
+  float top = -INFINITY;
+  for_fours(row, n, [&](const float4& a, int) {
+    top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
+  });
+  top = Lanes(row_lanes).max(top);
+  for_fours(row, n,
+            [&](float4& a, int) { a = make_float4(a.x - top, a.y - top, a.z - top, a.w - top); });
+}
+
+/// What p is of d = a - tau: p = d^r, r = 1 / (alpha - 1), so that loops are written once and run
+/// without branches.
+enum class Curve {
+  exponential,  // alpha = 1: e^d
+  square,       // 1.5
+  line,         // 2
+  power
+};
+
+template <Curve curve>
+struct FloatEntmax {
+  float alpha_1, r_1;  // alpha - 1, r - 1
+  float enough;        // a step of Newton's this small is the last
+
+  /// Below alpha = 1.5 steps square the error, n / 2 times the step's square at most; above it h
+  /// has kinks, and steps go on until they find none to cross.
+  __device__ explicit FloatEntmax(double alpha)
+      : alpha_1(static_cast<float>(alpha - 1)),
+        r_1(static_cast<float>(1 / (alpha - 1) - 1)),
+        enough(alpha <= 1.5 ? 0x1p-16f : 0) {}
+
+  /// p, exact zeros off the support; NaN stays NaN.
+  __device__ float probability(float a, float tau) const {
+    const float d = a - tau;
+    if (curve == Curve::exponential) return expf(d);
+    return d <= 0 ? 0.0f : slope(d) * d;
+  }
+  /// p^(2 - alpha) on the support, 0 off it.
+  __device__ float weight(float a, float tau) const {
+    const float d = a - tau;
+    if (curve == Curve::exponential) return expf(d);
+    return d <= 0 ? 0.0f : slope(d);
+  }
+
+  /// The threshold of a shifted row; all lanes of a warp together.
+  __device__ float threshold(float* row, int n) const {
+    const Lanes lanes(row_lanes);
+    if (curve == Curve::exponential) {
+      float sum = 0;
+      for_fours(row, n, [&](const float4& a, int) {
+        sum += expf(a.x) + expf(a.y) + (expf(a.z) + expf(a.w));
+      });
+      return logf(lanes.sum(sum));
+    }
+    float t = -1;  // the largest entry alone gives h >= 0 here
+    bool moves = n > 0;
+    for (int step = 0; step < 100 && __any_sync(0xffffffffu, moves); ++step) {
+      float f = 0, df = 0, f2 = 0, df2 = 0;  // sums of d^r and of d^(r-1)
+      for_fours(row, moves ? n : 0, [&](const float4& a, int) {
+        add(a.x - t, f, df);
+        add(a.y - t, f2, df2);
+        add(a.z - t, f, df);
+        add(a.w - t, f2, df2);
+      });
+      f = lanes.sum(f + f2);
+      df = lanes.sum(df + df2);
+      const float norm = curve == Curve::square ? sqrtf(f)
+                         : curve == Curve::line ? f
+                                                : exp2f(alpha_1 * log2f(f));
+      const float next = t + (norm - 1) * f / (norm * df);
+      moves = moves && next > t;  // not where it has converged to rounding, or is NaN
+      const float moved = next - t;
+      if (moves) t = next;
+      moves = moves && moved > enough;
+    }
+    return t;
+  }
+
+ private:
+  /// d^(r - 1), d > 0
+  __device__ float slope(float d) const {
+    if (curve == Curve::square) return d;
+    return curve == Curve::line ? 1.0f : exp2f(r_1 * log2f(d));
+  }
+  __device__ void add(float d, float& f, float& df) const {
+    if (curve == Curve::square) {
+      d = fmaxf(d, 0);  // 0 for NaN
+      f += d * d;
+      df += d;
+    } else if (d > 0) {
+      const float s = slope(d);
+      f += s * d;
+      df += s;
+    }
+  }
+};
+
+/// Calls f with alpha's entmax.
+template <class F>
+__device__ __forceinline__ void by_curve(double alpha, F f) {
+  if (alpha == 1.5) {
+    f(FloatEntmax<Curve::square>(alpha));
+  } else if (alpha == 2) {
+    f(FloatEntmax<Curve::line>(alpha));
+  } else if (alpha == 1) {
+    f(FloatEntmax<Curve::exponential>(alpha));
+  } else {
+    f(FloatEntmax<Curve::power>(alpha));
+  }
+}
+
+}  // namespace entrain::cuda
