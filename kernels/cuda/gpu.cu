@@ -110,8 +110,11 @@ std::string find_problem() {
     return "the NVIDIA driver sees no GPU (is CUDA_VISIBLE_DEVICES empty?)";
   }
   if (status != cudaSuccess) return cudaGetErrorString(status);
+  int device = 0;
+  cudaGetDevice(&device);
   cudaDeviceProp properties;
-  if (const cudaError_t error = cudaGetDeviceProperties(&properties, 0); error != cudaSuccess) {
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+      error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
   cudaFuncAttributes attributes;
@@ -171,6 +174,14 @@ int count() {
 
 void use(int index) {
   check(cudaSetDevice(index), "cudaSetDevice");
+}
+
+Uuid uuid(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  Uuid uuid;
+  std::copy_n(reinterpret_cast<const uint8_t*>(properties.uuid.bytes), uuid.size(), uuid.begin());
+  return uuid;
 }
 
 void* allocate(size_t bytes) {

@@ -27,6 +27,9 @@ int count() {
 void use(int) {
   refuse();
 }
+Uuid uuid(int) {
+  refuse();
+}
 void* allocate(size_t) {
   refuse();
 }

@@ -2,7 +2,9 @@
 // The GPU of this process, as code without CUDA headers sees it. Everything of a process runs in
 // order on one stream; functions that say so wait for it. A build without CUDA links
 // kernels/no_cuda instead: there is no GPU then, and whatever needs one throws.
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -25,6 +27,9 @@ Info info();
 /// The GPUs this process sees, and the choice of one, before anything else here is used.
 int count();
 void use(int index);
+/// What no two GPUs share, whatever number processes know them by.
+using Uuid = std::array<uint8_t, 16>;
+Uuid uuid(int index);
 
 /// Zero-initialised memory. Throws OutOfMemory that says what was asked for and what was free.
 void* allocate(size_t bytes);

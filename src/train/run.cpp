@@ -82,7 +82,7 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
       listener_(listener),
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed),
-      device_(choose_device(config.device)),
+      device_(comm.device()),
       memory_(device_),
       peak_rate_(matmul_rate) {
   config_.model.vocab = store_.vocab();
@@ -379,7 +379,7 @@ RunEnd Run::train(bool resume) {
 
 RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listener) {
   // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
-  static const double rate = matmul_rate(choose_device(config.device));
+  static const double rate = matmul_rate(comm.device());
   reset_peak_resident();
   std::optional<Run> run;
   together(comm, [&] { run.emplace(config, comm, listener, rate); });
