@@ -6,7 +6,7 @@
 #include "core/mirror.h"
 #include "core/tape.h"
 #include "data/sampler.h"
-#include "dist/comm.h"
+#include "dist/buckets.h"
 #include "model/decoder.h"
 #include "optim/adamw.h"
 #include "train/config.h"
@@ -53,6 +53,7 @@ class TrainStep {
   Comm& comm_;
   BatchPlan plan_;
   Tape tape_;
+  Buckets sums_;  // of gradients, over ranks
   Optimizer optimizer_;
   Buffer batch_memory_, loss_memory_;
   Mirror batch_tokens_, batch_targets_;  // of the rank: [per_rank, seq_len]
