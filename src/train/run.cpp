@@ -14,6 +14,7 @@
 #include "train/evaluate.h"
 #include "train/machine.h"
 #include "train/metrics.h"
+#include "train/moments.h"
 #include "train/signals.h"
 #include "train/together.h"
 #include "train/train_step.h"
@@ -89,8 +90,9 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
   require_sequence(store_, Split::validation, config.data.seq_len);
 
   const size_t before = resident_bytes();
+  const Shard shard = config.train.shard_optimizer ? Shard{comm.rank(), comm.size()} : Shard{};
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
-                   device_, choose_dtype(config.dtype, device_));
+                   device_, choose_dtype(config.dtype, device_), shard);
   const auto record = [&] {  // training and evaluation take turns in the same memory
     memory_.rewind();
     step_.emplace(config_, *decoder_, memory_, comm_);
@@ -98,7 +100,7 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
     evaluator_.emplace(*decoder_, memory_, config.data.seq_len);
   };
   record();
-  const size_t parameters = 4 * decoder_->params().values().bytes();
+  const size_t parameters = decoder_->params().bytes();
   say(fmt::format(
       "{} parameters, {} layers, attention {}; {} rank{}, {} sequences of {} tokens a step",
       decoder_->params().numel(), config.model.n_layer, config.attention.method, comm.size(),
@@ -336,11 +338,12 @@ void Run::save() {
     state_.controller["alpha"] = *decoder_->attention().alpha();
     state_.controller["density"] = controller_ ? controller_->state().density : -1;
   }
+  const Moments moments = gather_moments(decoder_->params(), comm_);
   together(comm_, [&] {
     if (!main_) return;
     const std::string path = checkpoint_path(config_.dir, state_.step);
-    save_checkpoint(path, decoder_->params(), state_, to_yaml(config_), store_.fingerprint(),
-                    comm_.size());
+    save_checkpoint(path, decoder_->params(), moments, state_, to_yaml(config_),
+                    store_.fingerprint(), comm_.size());
     prune(path, config_.checkpoint.keep);
   });
 }

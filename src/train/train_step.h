@@ -46,6 +46,7 @@ class TrainStep {
   void fill(int64_t first, Sampler& sampler);
   void deal(int64_t micro);
   void as_graph(gpu::Graph& graph, const std::function<void()>& work);
+  void update();
   [[noreturn]] void diagnose(int64_t step, int64_t first, Sampler& sampler, double loss);
 
   const RunConfig& config_;
