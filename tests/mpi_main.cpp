@@ -2,7 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <iostream>
+
+#include "train/config.h"
+#include "train/device.h"
 
 namespace entrain {
 namespace {
@@ -39,9 +43,13 @@ Comm& world() {
 
 int main(int argc, char** argv) try {
   testing::InitGoogleTest(&argc, argv);
-  const auto comm = entrain::make_comm();
+  const char* device = std::getenv("TEST_DEVICE");
+  const auto comm = entrain::place_ranks(device ? device : "cpu", entrain::make_comm());
   entrain::the_world = comm.get();
   return entrain::run_tests();
+} catch (const entrain::ConfigError& error) {
+  std::cerr << error.what() << std::endl;
+  return 77;  // skipped: too few GPUs
 } catch (const entrain::Error& error) {
   std::cerr << error.what() << std::endl;
   return 1;

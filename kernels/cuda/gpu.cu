@@ -110,8 +110,11 @@ std::string find_problem() {
     return "the NVIDIA driver sees no GPU (is CUDA_VISIBLE_DEVICES empty?)";
   }
   if (status != cudaSuccess) return cudaGetErrorString(status);
+  int device = 0;
+  cudaGetDevice(&device);
   cudaDeviceProp properties;
-  if (const cudaError_t error = cudaGetDeviceProperties(&properties, 0); error != cudaSuccess) {
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, device);
+      error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
   cudaFuncAttributes attributes;
@@ -171,6 +174,14 @@ int count() {
 
 void use(int index) {
   check(cudaSetDevice(index), "cudaSetDevice");
+}
+
+Uuid uuid(int index) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  Uuid uuid;
+  std::copy_n(reinterpret_cast<const uint8_t*>(properties.uuid.bytes), uuid.size(), uuid.begin());
+  return uuid;
 }
 
 void* allocate(size_t bytes) {
@@ -233,44 +244,27 @@ void synchronize() {
   check(cudaStreamSynchronize(cuda::stream()), "the GPU's work failed");
 }
 
-Event::Event() {
+Event::Event() : event_(nullptr, [](void* e) { cudaEventDestroy(event(e)); }) {
   cudaEvent_t created;
   check(cudaEventCreate(&created), "cudaEventCreate");
-  event_ = created;
-}
-
-Event::~Event() {
-  if (event_) cudaEventDestroy(event(event_));
-}
-
-Event::Event(Event&& other) noexcept {
-  *this = std::move(other);
-}
-
-Event& Event::operator=(Event&& other) noexcept {
-  std::swap(event_, other.event_);
-  return *this;
+  event_.reset(created);
 }
 
 void Event::record() {
   // External: the event itself is recorded each time the graph runs, instead of an edge within it.
   const unsigned flags = cuda::capturing() ? cudaEventRecordExternal : cudaEventRecordDefault;
-  check(cudaEventRecordWithFlags(event(event_), cuda::stream(), flags), "cudaEventRecord");
+  check(cudaEventRecordWithFlags(event(event_.get()), cuda::stream(), flags), "cudaEventRecord");
 }
 
 void Event::wait() const {
-  check(cudaEventSynchronize(event(event_)), "the GPU's work failed");
+  check(cudaEventSynchronize(event(event_.get())), "the GPU's work failed");
 }
 
 double Event::seconds_since(const Event& begin) const {
   float milliseconds = 0;
-  check(cudaEventElapsedTime(&milliseconds, event(begin.event_), event(event_)),
+  check(cudaEventElapsedTime(&milliseconds, event(begin.event_.get()), event(event_.get())),
         "cudaEventElapsedTime");
   return 1e-3 * static_cast<double>(milliseconds);
-}
-
-Graph::~Graph() {
-  if (graph_) cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
 }
 
 void Graph::capture(const std::function<void()>& f) {
@@ -289,11 +283,13 @@ void Graph::capture(const std::function<void()>& f) {
   const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
   cudaGraphDestroy(graph);
   check(status, "cudaGraphInstantiate");
-  graph_ = executable;
+  graph_ = Handle(executable,
+                  [](void* graph) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph)); });
 }
 
 void Graph::launch() const {
-  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), cuda::stream()), "cudaGraphLaunch");
+  check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_.get()), cuda::stream()),
+        "cudaGraphLaunch");
 }
 
 }  // namespace gpu

@@ -27,6 +27,9 @@ int count() {
 void use(int) {
   refuse();
 }
+Uuid uuid(int) {
+  refuse();
+}
 void* allocate(size_t) {
   refuse();
 }
@@ -54,12 +57,9 @@ void synchronize() {
   refuse();
 }
 
-Event::Event() {
+Event::Event() : event_(nullptr, nullptr) {
   refuse();
 }
-Event::~Event() = default;
-Event::Event(Event&&) noexcept = default;
-Event& Event::operator=(Event&&) noexcept = default;
 void Event::record() {
   refuse();
 }
@@ -70,7 +70,6 @@ double Event::seconds_since(const Event&) const {
   refuse();
 }
 
-Graph::~Graph() = default;
 void Graph::capture(const std::function<void()>&) {
   refuse();
 }

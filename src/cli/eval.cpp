@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include "cli/commands.h"
+#include "train/device.h"
 #include "train/evaluate_run.h"
 
 namespace entrain::cli {
@@ -48,9 +49,11 @@ void print_text(const RunEvaluation& evaluation) {
 }
 
 void run(const Options& options) {
-  const std::unique_ptr<Comm> comm = make_comm();
-  const RunEvaluation evaluation =
-      evaluate_run(options.run, with_device(options.overrides, options.device), *comm);
+  std::unique_ptr<Comm> comm = make_comm();
+  const TrainedModel model =
+      open_run(options.run, with_device(options.overrides, options.device), *comm);
+  comm = place_ranks(model.config.device, std::move(comm));
+  const RunEvaluation evaluation = evaluate_run(model, *comm);
   if (comm->rank() != 0) return;
   options.json ? print_json(evaluation) : print_text(evaluation);
 }

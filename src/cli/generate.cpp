@@ -17,6 +17,7 @@
 #include "data/tokenizer.h"
 #include "model/generator.h"
 #include "model/token_choice.h"
+#include "train/device.h"
 #include "train/machine.h"
 #include "train/trained_model.h"
 
@@ -97,7 +98,8 @@ void run(const Options& options) {
                  static_cast<double>(options.tokens) + static_cast<double>(prompt.size()));
   const int64_t capacity = std::ssize(prompt) + options.tokens;
   std::vector<std::string> lacking;
-  const std::unique_ptr<Decoder> decoder = model.decoder(capacity, lacking);
+  const std::unique_ptr<Decoder> decoder =
+      model.decoder(choose_device(model.config.device), capacity, lacking);
   if (!lacking.empty()) {
     spdlog::warn("not in the checkpoint, untrained: {}", fmt::join(lacking, ", "));
   }

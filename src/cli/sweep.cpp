@@ -2,6 +2,7 @@
 #include "train/sweep.h"
 
 #include "cli/commands.h"
+#include "train/device.h"
 #include "train/signals.h"
 #include "train/study_file.h"
 #include "train/together.h"
@@ -15,6 +16,7 @@ void run(const std::string& path) {
   Study study;
   together(*comm, [&] { study = load_study(path); });
   together(*comm, [&] { require_same(*comm, "study", study.yaml); });
+  comm = place_ranks(study.runs.front().config.device, std::move(comm));
   const RunEnd end = sweep(study, *comm, stdout);
   comm.reset();
   if (end == RunEnd::stopped) throw CLI::RuntimeError(stopped);

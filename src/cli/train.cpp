@@ -2,6 +2,7 @@
 #include "cli/commands.h"
 #include "dist/comm.h"
 #include "train/config.h"
+#include "train/device.h"
 #include "train/run.h"
 #include "train/signals.h"
 #include "train/together.h"
@@ -27,6 +28,7 @@ void run(const Options& options) {
   together(*comm, [&] {
     require_same(*comm, "command line", options.resume ? "--resume" : "no --resume");
   });
+  comm = place_ranks(config.device, std::move(comm));
   Console console(stdout, config.train.log_every);
   const RunEnd end = train(config, options.resume, *comm, console);
   comm.reset();

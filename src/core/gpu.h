@@ -2,7 +2,9 @@
 // The GPU of this process, as code without CUDA headers sees it. Everything of a process runs in
 // order on one stream; functions that say so wait for it. A build without CUDA links
 // kernels/no_cuda instead: there is no GPU then, and whatever needs one throws.
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -25,6 +27,9 @@ Info info();
 /// The GPUs this process sees, and the choice of one, before anything else here is used.
 int count();
 void use(int index);
+/// What no two GPUs share, whatever number processes know them by.
+using Uuid = std::array<uint8_t, 16>;
+Uuid uuid(int index);
 
 /// Zero-initialised memory. Throws OutOfMemory that says what was asked for and what was free.
 void* allocate(size_t bytes);
@@ -45,13 +50,13 @@ void round_to_bf16(void* to, const void* from, size_t count);
 /// Waits until all work so far is done. Throws Error where some of it failed.
 void synchronize();
 
+/// Something of CUDA's, with what destroys it.
+using Handle = std::unique_ptr<void, void (*)(void*)>;
+
 /// A point in the stream's work, for timing; may be recorded within a Graph.
 class Event {
  public:
   Event();
-  ~Event();
-  Event(Event&& other) noexcept;
-  Event& operator=(Event&& other) noexcept;
 
   void record();
   void wait() const;  // the host waits for it
@@ -59,24 +64,19 @@ class Event {
   double seconds_since(const Event& begin) const;
 
  private:
-  void* event_ = nullptr;
+  Handle event_;
 };
 
 /// Work that is recorded once and launched many times as one.
 class Graph {
  public:
-  Graph() = default;
-  ~Graph();
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-
   explicit operator bool() const { return graph_ != nullptr; }
   /// Records what f starts, without running it.
   void capture(const std::function<void()>& f);
   void launch() const;
 
  private:
-  void* graph_ = nullptr;
+  Handle graph_{nullptr, nullptr};
 };
 
 }  // namespace entrain::gpu

@@ -16,32 +16,45 @@ uint64_t hash(const std::string& name) {
   return h;
 }
 
+// Of vectors, in elements: what a product or a vector of them wants.
+constexpr int64_t alignment = 64;
+
+int64_t round_up(int64_t n) {
+  return (n + alignment - 1) / alignment * alignment;
+}
+
 /// Where the parameter after one at `at` begins. Matrices follow each other without a gap, so that
 /// some can be one product; after vectors, the next is aligned as a product wants it.
 int64_t after(int64_t at, const ParamSpec& spec) {
-  constexpr int64_t alignment = 64;
   at += spec.shape.numel();
-  return spec.shape.rank > 1 ? at : (at + alignment - 1) / alignment * alignment;
+  return spec.shape.rank > 1 ? at : round_up(at);
 }
 
 }  // namespace
 
 Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training, Device device,
-               DType dtype) {
+               DType dtype, Shard shard)
+    : shard_(shard) {
   int64_t total = 0;
   for (const ParamSpec& spec : specs) {
     total = after(total, spec);
     numel_ += spec.shape.numel();
   }
-  const auto make = [&](Buffer& memory, DType type) {
-    memory = Buffer(static_cast<size_t>(total) * size_of(type), device);
-    return Tensor::of(memory.data(), {total}, type, device);
+  shard_length_ = round_up((total + shard.count - 1) / shard.count);
+  const auto make = [&](Buffer& memory, int64_t length, DType type, int64_t capacity) {
+    memory = Buffer(static_cast<size_t>(capacity) * size_of(type), device);
+    return Tensor::of(memory.data(), {length}, type, device);
   };
   const DType wide = dtype == DType::bf16 ? DType::f32 : dtype;
-  Tensor* flat[] = {&values_, &grads_, &m_, &v_};
-  for (int i = 0; i < (training ? 4 : 1); ++i) *flat[i] = make(memory_[i], wide);
-  if (training) decays_ = make(decays_memory_, DType::u8);
-  if (dtype == DType::bf16) rounded_ = make(rounded_memory_, DType::bf16);
+  values_ = make(memory_[0], total, wide, shard.count * shard_length_);
+  if (training) {
+    const int64_t own = shard_begin(shard.index + 1) - shard_begin(shard.index);
+    grads_ = make(memory_[1], total, wide, total);
+    m_ = make(memory_[2], own, wide, own);
+    v_ = make(memory_[3], own, wide, own);
+    decays_ = make(decays_memory_, total, DType::u8, total);
+  }
+  if (dtype == DType::bf16) rounded_ = make(rounded_memory_, total, DType::bf16, total);
 
   Mirror values(values_), decays(decays_);
   std::vector<int64_t> starts;
@@ -52,8 +65,8 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
       return t ? t.slice(0, at, n).view(spec.shape) : Tensor{};
     };
     params_.push_back({spec.name, window(values_),
-                       spec.shape.rank > 1 ? window(rounded_) : Tensor{}, window(grads_),
-                       window(m_), window(v_), spec.decay, spec.adopt});
+                       spec.shape.rank > 1 ? window(rounded_) : Tensor{}, window(grads_), at,
+                       spec.decay, spec.adopt});
     starts.push_back(at);
     if (training) std::fill_n(decays.host().ptr<uint8_t>() + at, n, spec.decay ? 1 : 0);
     at = after(at, spec);
@@ -66,7 +79,7 @@ Params::Params(const std::vector<ParamSpec>& specs, uint64_t seed, bool training
       value[i] = static_cast<std::remove_reference_t<decltype(*value)>>(spec.init_mean + noise);
     }
   };
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (total > 1 << 22)  // seconds, where it is many
   for (size_t i = 0; i < specs.size(); ++i) {
     wide == DType::f64 ? fill(host.ptr<double>() + starts[i], specs[i])
                        : fill(host.ptr<float>() + starts[i], specs[i]);
@@ -85,6 +98,19 @@ size_t Params::bytes() const {
 void Params::round() {
   if (rounded_)
     gpu::round_to_bf16(rounded_.data, values_.data, static_cast<size_t>(values_.numel()));
+}
+
+int64_t Params::shard_begin(int index) const {
+  return std::min(index * shard_length_, values_.numel());
+}
+
+Tensor Params::of_shard(const Tensor& flat) const {
+  const int64_t begin = shard_begin(shard_.index), end = shard_begin(shard_.index + 1);
+  return flat ? flat.slice(0, begin, end - begin) : Tensor{};
+}
+
+Tensor Params::shards() const {
+  return Tensor::of(values_.data, {shard_.count, shard_length_}, values_.dtype, values_.device);
 }
 
 const Param& Params::get(const std::string& name) const {
@@ -110,8 +136,9 @@ Param Params::packed(const std::string& first, int count) const {
   auto widen = [&](const Tensor& t) {
     return t ? Tensor::of(t.data, shape, t.dtype, t.device) : Tensor{};
   };
-  return {first,          widen(begin.value), widen(begin.rounded), widen(begin.grad),
-          widen(begin.m), widen(begin.v),     begin.decay,          {}};
+  return {
+      first, widen(begin.value), widen(begin.rounded), widen(begin.grad), begin.begin, begin.decay,
+      {}};
 }
 
 }  // namespace entrain

@@ -1,5 +1,6 @@
 #pragma once
-// Ranks of one run and what they exchange. MPI on CPUs; a single process without it.
+// Ranks of one run and what they exchange: by MPI on CPUs, by NCCL on GPUs; a single process
+// without MPI.
 #include <memory>
 #include <string>
 
@@ -14,12 +15,22 @@ class Comm {
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  /// This rank's number, from 0, among those of its host.
+  virtual int local_rank() const = 0;
+  /// Where the tensors are that it sums and gathers.
+  virtual Device device() const = 0;
 
   /// Starts summing a contiguous f32 tensor over all ranks in place; wait() completes every sum
   /// started since the last one. The tensor must not be touched in between. Every rank starts the
   /// same sums in the same order; the result is bitwise the same on all ranks and from run to run.
+  /// On GPUs, sums start after the work before them and what follows wait() comes after them, in a
+  /// Graph too; the host waits for neither.
   virtual void start_sum(Tensor x) = 0;
   virtual void wait() = 0;
+
+  /// Row r of a contiguous tensor is rank r's; afterwards all ranks have all rows. On GPUs in the
+  /// order of their work.
+  virtual void gather(Tensor rows) = 0;
 
   /// Blocking, for small host values. The maximum is that of numbers: a NaN may or may not show.
   virtual void sum(double* values, int count) = 0;

@@ -28,6 +28,10 @@ class MpiComm final : public Comm {
             "this MPI cannot be used next to threads; use one built with MPI_THREAD_FUNNELED");
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
+    MPI_Comm host;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
+    MPI_Comm_rank(host, &local_rank_);
+    MPI_Comm_free(&host);
   }
 
   ~MpiComm() override {
@@ -36,6 +40,8 @@ class MpiComm final : public Comm {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
+  int local_rank() const override { return local_rank_; }
+  Device device() const override { return Device::cpu; }
 
   // The MPI standard (5.9) requires identical results on all ranks. That they repeat from run to
   // run rests on the order of summation being fixed: Open MPI sums in place along a binomial tree
@@ -56,6 +62,15 @@ class MpiComm final : public Comm {
   void wait() override {
     MPI_Waitall(static_cast<int>(pending_.size()), pending_.data(), MPI_STATUSES_IGNORE);
     pending_.clear();
+  }
+
+  // Not MPI_Allgather, whose counts end at 2^31 elements.
+  void gather(Tensor rows) override {
+    require(rows.contiguous() && rows[0] == size_, "every rank gathers one row");
+    for (int r = 0; r < size_; ++r) {
+      const Tensor row = rows.slice(0, r, 1);
+      broadcast(row.data, row.bytes(), r);
+    }
   }
 
   void sum(double* values, int count) override {
@@ -94,6 +109,7 @@ class MpiComm final : public Comm {
 
   int rank_ = 0;
   int size_ = 1;
+  int local_rank_ = 0;
   bool all_fail_ = false;
   std::vector<MPI_Request> pending_;
 };

@@ -82,13 +82,13 @@ HeadShape heads_of(const ModelConfig& c) {
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
-                 uint64_t seed, bool training, Device device, DType dtype)
+                 uint64_t seed, bool training, Device device, DType dtype, Shard shard)
     : config_(model),
       dtype_(dtype),
       attention_(make_attention(attention)),
       projections_(attention_->projections(heads_of(model))),
       extra_(attention_->params(heads_of(model))),
-      params_(decoder_params(model, projections_, extra_), seed, training, device, dtype),
+      params_(decoder_params(model, projections_, extra_), seed, training, device, dtype, shard),
       params_per_layer_(9 + projections_.size() + extra_.size()) {
   const auto make = [&](Buffer& memory, Shape shape, DType type) {
     memory = Buffer(static_cast<size_t>(shape.numel()) * size_of(type), device);

@@ -33,7 +33,7 @@ class Decoder {
   using GradsFinal = std::function<void(Tensor flat)>;
 
   Decoder(const ModelConfig& model, const AttentionConfig& attention, int64_t max_tokens,
-          uint64_t seed, bool training, Device device, DType dtype = DType::f32);
+          uint64_t seed, bool training, Device device, DType dtype = DType::f32, Shard shard = {});
 
   const ModelConfig& config() const { return config_; }
   Params& params() { return params_; }

@@ -26,11 +26,22 @@ void Optimizer::prepare(int64_t step, double lr) {
 }
 
 void Optimizer::update() {
+  const auto own = [&](const Tensor& flat) { return params_.of_shard(flat); };
   with_kernels(params_.values().device, [&](auto k) {
     k.sum_of_squares(params_.grads(), squares_.tensor());
-    k.adamw(params_.values(), params_.grads(), params_.m(), params_.v(), params_.decays(),
-            squares_.tensor(), adamw_, params_.rounded());
+    k.adamw(own(params_.values()), own(params_.grads()), params_.m(), params_.v(),
+            own(params_.decays()), squares_.tensor(), adamw_, own(params_.rounded()));
   });
+  clear_others();
+}
+
+/// The gradients of other shards, which their ranks use.
+void Optimizer::clear_others() {
+  const Tensor grads = params_.grads();
+  const int index = params_.shard().index;
+  const int64_t begin = params_.shard_begin(index), end = params_.shard_begin(index + 1);
+  if (begin > 0) zero(grads.slice(0, 0, begin));
+  if (end < grads.numel()) zero(grads.slice(0, end, grads.numel() - end));
 }
 
 double Optimizer::grad_norm() {

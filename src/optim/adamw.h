@@ -6,7 +6,8 @@
 
 namespace entrain {
 
-/// Clipping and AdamW over all parameters of a model, on their device.
+/// Clipping and AdamW over all parameters of a model, on their device. Where their moments are
+/// sharded, only that shard of the values is updated: ranks have to gather the others (comm.h).
 class Optimizer {
  public:
   Optimizer(Params& params, const OptimConfig& config);
@@ -21,6 +22,8 @@ class Optimizer {
   double grad_norm();
 
  private:
+  void clear_others();
+
   Params& params_;
   OptimConfig config_;
   AdamW adamw_;

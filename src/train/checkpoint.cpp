@@ -52,6 +52,22 @@ void read(const h5::File& file, const std::string& name, Tensor into) {
   mirror.upload();
 }
 
+/// What params keeps of a parameter's moment, whose shard is `kept`.
+void read_moment(const h5::File& file, const std::string& name, const Param& param,
+                 const Params& params, Tensor kept) {
+  const int64_t first = params.shard_begin(params.shard().index);
+  const int64_t begin = std::max(param.begin, first);
+  const int64_t end = std::min(param.begin + param.value.numel(), first + kept.numel());
+  if (begin >= end) return;
+  const Buffer memory(param.value.bytes(), Device::cpu);
+  const Tensor whole = Tensor::of(memory.data(), param.value.shape);
+  file.read(name, whole);
+  check_crc(file, name, whole);
+  Mirror part(kept.slice(0, begin - first, end - begin));
+  std::copy_n(whole.ptr<float>() + begin - param.begin, end - begin, part.host().ptr<float>());
+  part.upload();
+}
+
 CheckpointInfo read_metadata(const h5::File& file) {
   require(file.has_attribute("", "format") && file.text("", "format") == format_name,
           "{} is not a checkpoint of this version of entrain ('{}')", file.path(), format_name);
@@ -133,9 +149,9 @@ void require_same_parameters(const std::string& path, const CheckpointInfo& info
   }
 }
 
-void write_checkpoint(const std::string& path, const Params& params, const TrainState& state,
-                      const std::string& config_yaml, const std::string& data_fingerprint,
-                      int ranks) {
+void write_checkpoint(const std::string& path, const Params& params, const Moments& moments,
+                      const TrainState& state, const std::string& config_yaml,
+                      const std::string& data_fingerprint, int ranks) {
   h5::File file = h5::File::create(path);
   file.set("", "format", std::string(format_name));
   file.set("", "description", std::string(description));
@@ -152,8 +168,11 @@ void write_checkpoint(const std::string& path, const Params& params, const Train
   write(file, "rng", Tensor::of(rng.data(), {3}, DType::u64));
   for (const Param& param : params.all()) {
     write(file, "parameters/" + param.name, param.value);
-    write(file, "moments/m/" + param.name, param.m);
-    write(file, "moments/v/" + param.name, param.v);
+    const auto window = [&](const Tensor& flat) {
+      return flat.slice(0, param.begin, param.value.numel()).view(param.value.shape);
+    };
+    write(file, "moments/m/" + param.name, window(moments.m));
+    write(file, "moments/v/" + param.name, window(moments.v));
   }
   file.set("", "metadata_crc32", static_cast<int64_t>(metadata_crc(file, read_metadata(file))));
   file.close();
@@ -186,15 +205,15 @@ std::string checkpoint_path(const std::string& run_dir, int64_t step) {
   return (fs::path(run_dir) / "checkpoints" / fmt::format("step_{:08}.h5", step)).string();
 }
 
-void save_checkpoint(const std::string& path, const Params& params, const TrainState& state,
-                     const std::string& config_yaml, const std::string& data_fingerprint,
-                     int ranks) {
+void save_checkpoint(const std::string& path, const Params& params, const Moments& moments,
+                     const TrainState& state, const std::string& config_yaml,
+                     const std::string& data_fingerprint, int ranks) {
   const fs::path folder = fs::absolute(path).parent_path();
   const std::string partial = path + ".partial";
   try {
     fs::create_directories(folder);
     remove_partial(folder);
-    write_checkpoint(partial, params, state, config_yaml, data_fingerprint, ranks);
+    write_checkpoint(partial, params, moments, state, config_yaml, data_fingerprint, ranks);
     verify_checkpoint(partial);
     fs::rename(partial, path);
     sync_folder(path);
@@ -222,9 +241,9 @@ CheckpointInfo load_checkpoint(const std::string& path, Params& params) {
   require_same_parameters(path, info, params);
   for (const Param& param : params.all()) {
     read(file, "parameters/" + param.name, param.value);
-    if (!param.m) continue;
-    read(file, "moments/m/" + param.name, param.m);
-    read(file, "moments/v/" + param.name, param.v);
+    if (!params.m()) continue;
+    read_moment(file, "moments/m/" + param.name, param, params, params.m());
+    read_moment(file, "moments/v/" + param.name, param, params, params.v());
   }
   params.round();
   return info;

@@ -11,6 +11,7 @@
 
 #include "core/params.h"
 #include "data/token_store.h"
+#include "train/moments.h"
 
 namespace entrain {
 
@@ -44,10 +45,10 @@ std::string checkpoint_path(const std::string& run_dir, int64_t step);
 
 /// Writes path.partial, flushes it to the disk, verifies it and renames it to path; leftover
 /// .partial files beside it are removed first. Throws Error when that fails (a full disk), with
-/// path and all other checkpoints as they were. Needs moments. One rank calls it.
-void save_checkpoint(const std::string& path, const Params& params, const TrainState& state,
-                     const std::string& config_yaml, const std::string& data_fingerprint,
-                     int ranks);
+/// path and all other checkpoints as they were. One rank calls it.
+void save_checkpoint(const std::string& path, const Params& params, const Moments& moments,
+                     const TrainState& state, const std::string& config_yaml,
+                     const std::string& data_fingerprint, int ranks);
 
 /// Throws Error when the file is not a checkpoint or its metadata are damaged.
 CheckpointInfo read_info(const std::string& path);
@@ -55,8 +56,8 @@ CheckpointInfo read_info(const std::string& path);
 /// Reads the whole file; throws Error naming the first thing that is damaged.
 void verify_checkpoint(const std::string& path);
 
-/// Values, and moments where params has them. Throws Error naming the first parameter that differs
-/// from the checkpoint's in name or shape, or is damaged; params are then partly loaded.
+/// Values, and the shard of moments that params has. Throws Error naming the first parameter that
+/// differs from the checkpoint's in name or shape, or is damaged; params are then partly loaded.
 CheckpointInfo load_checkpoint(const std::string& path, Params& params);
 
 /// Throws Error unless tokens mean the same in the store as in the one a checkpoint was trained on.

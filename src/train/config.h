@@ -24,9 +24,10 @@ struct TrainConfig {
   int global_batch = 0;  // sequences an optimizer step sees, over all ranks
   int micro_batch = 0;   // sequences a rank holds at once, at most
   uint64_t seed = 1;
-  std::string init_from;   // run folder or checkpoint whose parameters to start from
-  bool recompute = false;  // recompute activations per block in the backward pass
-  int log_every = 10;      // steps between console lines
+  std::string init_from;         // run folder or checkpoint whose parameters to start from
+  bool recompute = false;        // recompute activations per block in the backward pass
+  bool shard_optimizer = false;  // each rank keeps a part of the moments
+  int log_every = 10;            // steps between console lines
   OptimConfig optim;
 
   bool operator==(const TrainConfig&) const = default;

@@ -87,6 +87,8 @@ std::vector<Key> keys_of(RunConfig& c) {
       {"train.seed", &c.train.seed, "of initial weights and of the order of sequences"},
       {"train.init_from", &c.train.init_from, "run folder or checkpoint to take parameters from"},
       {"train.recompute", &c.train.recompute, "less memory: recompute activations in backward"},
+      {"train.shard_optimizer", &c.train.shard_optimizer,
+       "less memory: each rank keeps a part of AdamW's moments (ZeRO-1)"},
       {"train.log_every", &c.train.log_every, "steps between console lines"},
 
       {"checkpoint.every", &c.checkpoint.every, "steps; 0: only at the end and on signals"},

@@ -4,9 +4,8 @@
 #include <vector>
 
 #include "dist/comm.h"
-#include "train/checkpoint.h"
-#include "train/config.h"
 #include "train/evaluate.h"
+#include "train/trained_model.h"
 
 namespace entrain {
 
@@ -18,10 +17,13 @@ struct RunEvaluation {
   EvalResult result;
 };
 
-/// Evaluates a checkpoint, or a run folder's newest valid one, on the validation split, with
-/// overrides "section.key=value" in place of what it was trained with. Another attention takes the
-/// parameters that it shares with the checkpoint's. Throws Error.
-RunEvaluation evaluate_run(const std::string& run, const std::vector<std::string>& overrides,
-                           Comm& comm);
+/// Opens a checkpoint, or a run folder's newest valid one, on all ranks, with overrides
+/// "section.key=value" in place of what it was trained with. Throws Error.
+TrainedModel open_run(const std::string& run, const std::vector<std::string>& overrides,
+                      Comm& comm);
+
+/// Evaluates it on the validation split. Another attention takes the parameters that it shares with
+/// the checkpoint's. Throws Error.
+RunEvaluation evaluate_run(const TrainedModel& model, Comm& comm);
 
 }  // namespace entrain

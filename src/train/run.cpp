@@ -14,6 +14,7 @@
 #include "train/evaluate.h"
 #include "train/machine.h"
 #include "train/metrics.h"
+#include "train/moments.h"
 #include "train/signals.h"
 #include "train/together.h"
 #include "train/train_step.h"
@@ -82,15 +83,16 @@ Run::Run(const RunConfig& config, Comm& comm, Listener& listener, double matmul_
       listener_(listener),
       store_(config.data.path),
       sampler_(store_, config.data.seq_len, config.train.seed),
-      device_(choose_device(config.device)),
+      device_(comm.device()),
       memory_(device_),
       peak_rate_(matmul_rate) {
   config_.model.vocab = store_.vocab();
   require_sequence(store_, Split::validation, config.data.seq_len);
 
   const size_t before = held_bytes(device_);
+  const Shard shard = config.train.shard_optimizer ? Shard{comm.rank(), comm.size()} : Shard{};
   decoder_.emplace(config_.model, config.attention, config.data.seq_len, config.train.seed, true,
-                   device_, choose_dtype(config.dtype, device_));
+                   device_, choose_dtype(config.dtype, device_), shard);
   const auto record = [&] {  // training and evaluation take turns in the same memory
     memory_.rewind();
     step_.emplace(config_, *decoder_, memory_, comm_);
@@ -336,11 +338,12 @@ void Run::save() {
     state_.controller["alpha"] = *decoder_->attention().alpha();
     state_.controller["density"] = controller_ ? controller_->state().density : -1;
   }
+  const Moments moments = gather_moments(decoder_->params(), comm_);
   together(comm_, [&] {
     if (!main_) return;
     const std::string path = checkpoint_path(config_.dir, state_.step);
-    save_checkpoint(path, decoder_->params(), state_, to_yaml(config_), store_.fingerprint(),
-                    comm_.size());
+    save_checkpoint(path, decoder_->params(), moments, state_, to_yaml(config_),
+                    store_.fingerprint(), comm_.size());
     prune(path, config_.checkpoint.keep);
   });
 }
@@ -381,7 +384,7 @@ RunEnd train(const RunConfig& config, bool resume, Comm& comm, Listener& listene
   // Once a process, of which a sweep is one; and before memory is measured, as BLAS takes buffers.
   static double rate = 0;
   together(comm, [&] {
-    if (rate == 0) rate = MatmulRate(choose_device(config.device)).measure();
+    if (rate == 0) rate = MatmulRate(comm.device()).measure();
   });
   reset_peak_resident();
   std::optional<Run> run;

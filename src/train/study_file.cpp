@@ -34,6 +34,10 @@ constexpr Named reserved[] = {
     {"train.seed", "give study.seeds"},
     {"data.skip", "study.protocol says where in the data runs start"},
 };
+// Keys that all runs of a study share.
+constexpr Named shared[] = {
+    {"run.device", "only base can, for all runs alike"},
+};
 
 template <size_t count>
 void require_known(const Named (&known)[count], const std::string& name, const std::string& where,
@@ -45,9 +49,10 @@ void require_known(const Named (&known)[count], const std::string& name, const s
          prefix, excerpt(name), prefix, nearest.name);
 }
 
-void refuse_reserved(const std::string& key, const std::string& where) {
-  for (const Named& r : reserved) {
-    if (key == r.name) refuse("{}: a study cannot set {}: {}", where, key, r.help);
+template <size_t count>
+void refuse_keys(const Named (&keys)[count], const std::string& key, const std::string& where) {
+  for (const Named& k : keys) {
+    if (key == k.name) refuse("{}: a study cannot set {}: {}", where, key, k.help);
   }
 }
 
@@ -135,7 +140,7 @@ class Parser {
     study_.base.read(map_of("base"), study_.name);
     for (const Named& r : reserved) {
       const std::string where = study_.base.origin(r.name);
-      if (!where.empty()) refuse_reserved(r.name, where);
+      if (!where.empty()) refuse_keys(reserved, r.name, where);
     }
   }
 
@@ -153,7 +158,8 @@ class Parser {
       if (!find_key(keys, name)) {
         refuse("{}: unknown key {}; {}", where, excerpt(name), suggest_key(keys, name));
       }
-      refuse_reserved(name, where);
+      refuse_keys(reserved, name, where);
+      refuse_keys(shared, name, where);
       for (const Settings& earlier : settings) {
         if (earlier[0].key == name) refuse("{}: {} is given twice", where, name);
       }

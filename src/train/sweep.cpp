@@ -105,7 +105,7 @@ bool Sweep::attempt(size_t i) {
     });
     if (train(run.config, /*resume=*/true, comm_, table_) == RunEnd::stopped) return false;
     if (main_) table_.evaluate();
-    const RunEvaluation evaluation = evaluate_run(run.config.dir, {}, comm_);
+    const RunEvaluation evaluation = evaluate_run(open_run(run.config.dir, {}, comm_), comm_);
     together(comm_, [&] {
       if (!main_) return;
       const Json result = make_result(study_, run, evaluation);

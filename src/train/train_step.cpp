@@ -30,6 +30,7 @@ TrainStep::TrainStep(const RunConfig& config, Decoder& decoder, TapeMemory& memo
       plan_(config.train, comm.size()),
       tape_(memory,
             {.dtype = decoder.dtype(), .training = true, .recompute = config.train.recompute}),
+      sums_(comm),
       optimizer_(decoder.params(), config.train.optim),
       read_(decoder.read()) {
   const Shape batch{plan_.per_rank, config.data.seq_len};
@@ -47,7 +48,7 @@ TrainStep::TrainStep(const RunConfig& config, Decoder& decoder, TapeMemory& memo
   targets_ = tape_.keep(micro_batch, DType::i32);
   const double tokens = static_cast<double>(config.train.global_batch) * config.data.seq_len;
   loss_ = decoder.loss(tape_, tokens_, targets_, 1 / tokens, [this](Tensor grads) {
-    if (last_micro_) comm_.start_sum(grads);
+    if (last_micro_) sums_.add(grads);
   });
   tape_.time_ops(".attention.");
 }
@@ -83,12 +84,12 @@ const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) 
       tape_.forward();
       tape_.backward();
       with_kernels(tape_.device(), [&](auto k) { k.add_sum(loss_, loss_sum_.tensor()); });
-      if (last_micro_) comm_.wait();
+      if (last_micro_) sums_.wait();
     });
   }
   result_.lr = learning_rate(config_.train.optim, step, config_.train.steps);
   optimizer_.prepare(step, result_.lr);
-  as_graph(update_, [&] { optimizer_.update(); });
+  as_graph(update_, [&] { update(); });
   warm_ = true;
 
   loss_sum_.download();
@@ -106,6 +107,15 @@ const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) 
   comm_.sum(&result_.attention_seconds, 1);
   result_.attention_seconds /= comm_.size();
   return result_;
+}
+
+// All ranks have all gradients and values, so that norms and losses are those without shards, to
+// the bit. Gathering float32 values adds half of what the sums of gradients move.
+void TrainStep::update() {
+  optimizer_.update();
+  if (!config_.train.shard_optimizer) return;
+  comm_.gather(decoder_.params().shards());
+  decoder_.params().round();
 }
 
 void TrainStep::diagnose(int64_t step, int64_t first, Sampler& sampler, double loss) {

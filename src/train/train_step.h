@@ -6,7 +6,7 @@
 #include "core/mirror.h"
 #include "core/tape.h"
 #include "data/sampler.h"
-#include "dist/comm.h"
+#include "dist/buckets.h"
 #include "model/decoder.h"
 #include "optim/adamw.h"
 #include "train/config.h"
@@ -46,6 +46,7 @@ class TrainStep {
   void fill(int64_t first, Sampler& sampler);
   void deal(int64_t micro);
   void as_graph(gpu::Graph& graph, const std::function<void()>& work);
+  void update();
   [[noreturn]] void diagnose(int64_t step, int64_t first, Sampler& sampler, double loss);
 
   const RunConfig& config_;
@@ -53,6 +54,7 @@ class TrainStep {
   Comm& comm_;
   BatchPlan plan_;
   Tape tape_;
+  Buckets sums_;  // of gradients, over ranks
   Optimizer optimizer_;
   Buffer batch_memory_, loss_memory_;
   Mirror batch_tokens_, batch_targets_;  // of the rank: [per_rank, seq_len]

@@ -22,9 +22,8 @@ TrainedModel::TrainedModel(const std::string& path, const std::vector<std::strin
   config.model.vocab = store->vocab();
 }
 
-std::unique_ptr<Decoder> TrainedModel::decoder(int64_t max_tokens,
+std::unique_ptr<Decoder> TrainedModel::decoder(Device device, int64_t max_tokens,
                                                std::vector<std::string>& lacking) const {
-  const Device device = choose_device(config.device);
   auto decoder = std::make_unique<Decoder>(config.model, config.attention, max_tokens, 0, false,
                                            device, choose_dtype(config.dtype, device));
   if (overridden("attention.")) {

@@ -22,7 +22,8 @@ class TrainedModel {
   /// The decoder for sequences of up to so many tokens, without gradients, with gamma and alpha as
   /// training left them unless they were overridden. Another attention takes the parameters that it
   /// shares with the checkpoint's; `lacking` gets the names of the others.
-  std::unique_ptr<Decoder> decoder(int64_t max_tokens, std::vector<std::string>& lacking) const;
+  std::unique_ptr<Decoder> decoder(Device device, int64_t max_tokens,
+                                   std::vector<std::string>& lacking) const;
 
   std::string checkpoint;
   RunConfig config;

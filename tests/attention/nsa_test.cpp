@@ -321,7 +321,8 @@ TEST(Nsa, StartsCloseToTheDenseModelItIsInitialisedFrom) {
   const double trained = dense.loss();
   ASSERT_LT(trained, 0.7 * untrained);
   const std::string path = dir / "dense.h5";
-  save_checkpoint(path, dense.decoder.params(), {}, "", "", 1);
+  const Params& params = dense.decoder.params();
+  save_checkpoint(path, params, {params.m(), params.v()}, {}, "", "", 1);
 
   for (const char* compression : Compression::kinds()) {
     Repeater everything(nsa_of(1000, 1000, compression));

@@ -14,8 +14,11 @@
 namespace entrain {
 namespace {
 
-Tensor tensor_of(std::vector<float>& values) {
-  return Tensor::of(values.data(), {static_cast<int64_t>(values.size())});
+std::vector<float> summed(const std::vector<float>& values) {
+  Floats floats(values);
+  world().start_sum(floats.tensor());
+  world().wait();
+  return floats.values();
 }
 
 std::vector<float> noise(size_t count, int rank) {
@@ -34,18 +37,20 @@ TEST(MpiComm, HasTheRanksThatWereAskedFor) {
 
 TEST(MpiComm, SumsSeveralTensorsInFlight) {
   const int n = world().size();
-  std::vector<std::vector<float>> buckets;
+  std::vector<Floats> tensors;
   for (size_t b = 0; b < 7; ++b) {
-    auto& bucket = buckets.emplace_back(1 + 10000 * b);
-    for (size_t i = 0; i < bucket.size(); ++i) {
-      bucket[i] = static_cast<float>((world().rank() + 1) * static_cast<int>(i % 100 + b));
+    std::vector<float> values(1 + 10000 * b);
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<float>((world().rank() + 1) * static_cast<int>(i % 100 + b));
     }
+    tensors.emplace_back(values);
   }
-  for (auto& bucket : buckets) world().start_sum(tensor_of(bucket));
+  for (const Floats& t : tensors) world().start_sum(t.tensor());
   world().wait();
-  for (size_t b = 0; b < buckets.size(); ++b) {
-    for (size_t i = 0; i < buckets[b].size(); ++i) {
-      ASSERT_EQ(buckets[b][i], n * (n + 1) / 2 * static_cast<int>(i % 100 + b));
+  for (size_t b = 0; b < tensors.size(); ++b) {
+    const std::vector<float> sums = tensors[b].values();
+    for (size_t i = 0; i < sums.size(); ++i) {
+      ASSERT_EQ(sums[i], n * (n + 1) / 2 * static_cast<int>(i % 100 + b));
     }
   }
 }
@@ -54,8 +59,7 @@ TEST(MpiComm, SumsSeveralTensorsInFlight) {
 TEST(MpiComm, SumsTensorsLongerThanOneMessage) {
   std::vector<float> values((size_t{1} << 22) + 12345);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i % 1000);
-  world().start_sum(tensor_of(values));
-  world().wait();
+  values = summed(values);
   for (size_t i = 0; i < values.size(); ++i) {
     ASSERT_EQ(values[i], static_cast<float>(world().size() * static_cast<int>(i % 1000))) << i;
   }
@@ -65,9 +69,7 @@ TEST(MpiComm, SumsAreBitwiseEqualOnAllRanksAndRepeat) {
   for (const size_t count : {size_t{1}, size_t{17}, size_t{1000}, size_t{300000}}) {
     std::vector<float> first;
     for (int repeat = 0; repeat < 4; ++repeat) {
-      auto values = noise(count, world().rank());
-      world().start_sum(tensor_of(values));
-      world().wait();
+      const auto values = summed(noise(count, world().rank()));
       auto of_rank0 = values;
       world().broadcast(of_rank0.data(), count * sizeof(float), 0);
       EXPECT_EQ(std::memcmp(values.data(), of_rank0.data(), count * sizeof(float)), 0) << count;
@@ -79,9 +81,7 @@ TEST(MpiComm, SumsAreBitwiseEqualOnAllRanksAndRepeat) {
 
 TEST(MpiComm, SumIsThatOfAllRanks) {
   const size_t count = 5000;
-  auto values = noise(count, world().rank());
-  world().start_sum(tensor_of(values));
-  world().wait();
+  const auto values = summed(noise(count, world().rank()));
   std::vector<double> exact(count), magnitude(count);
   for (int r = 0; r < world().size(); ++r) {
     const auto part = noise(count, r);
@@ -92,6 +92,23 @@ TEST(MpiComm, SumIsThatOfAllRanks) {
 
 TEST(MpiComm, WaitWithoutSumsReturns) {
   world().wait();
+}
+
+TEST(MpiComm, GathersARowOfEachRank) {
+  const int64_t n = world().size(), width = 1000;
+  std::vector<float> values(static_cast<size_t>(n * width), -1);
+  const auto begin = values.begin() + world().rank() * width;
+  std::fill(begin, begin + width, static_cast<float>(world().rank()));
+  Floats floats(values);
+  world().gather(floats.tensor().view({n, width}));
+  values = floats.values();
+  for (int64_t i = 0; i < n * width; ++i) {
+    ASSERT_EQ(values[static_cast<size_t>(i)], static_cast<float>(i / width));
+  }
+}
+
+TEST(MpiComm, NumbersTheRanksOfAHost) {
+  EXPECT_EQ(world().local_rank(), world().rank());  // all tests run on one
 }
 
 TEST(MpiComm, ReducesSmallHostValues) {

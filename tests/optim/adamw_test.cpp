@@ -58,6 +58,40 @@ TEST(AdamW, FollowsTheScalarFormulaOverSteps) {
   }
 }
 
+// Each shard updates its part to the bit as all are updated at once, and no more than that.
+TEST(AdamW, ShardsTakeTheStepsOfTheWhole) {
+  const std::vector<ParamSpec> specs{{"matrix", {50, 7}, 0.5}, {"norm", {9}, 0.5, 1, false}};
+  constexpr int count = 3;
+  const auto steps = [&](Params& params) {
+    Optimizer optimizer(params, {.clip = 0.5});
+    Rng rng(7, 0);
+    std::vector<double> norms;
+    for (int step = 1; step <= 3; ++step) {
+      for (int64_t i = 0; i < params.grads().numel(); ++i) put(params.grads(), i, rng.normal());
+      optimizer.prepare(step, 0.01 * step);
+      optimizer.update();
+      norms.push_back(optimizer.grad_norm());
+      for (const double x : values(params.grads())) EXPECT_EQ(x, 0) << "gradients are cleared";
+    }
+    return norms;
+  };
+  Params whole(specs, 3, true, Device::cpu);
+  const std::vector<double> before = values(whole.values()), norms = steps(whole);
+  for (int index = 0; index < count; ++index) {
+    Params params(specs, 3, true, Device::cpu, DType::f32, {index, count});
+    EXPECT_EQ(steps(params), norms);
+    const int64_t begin = params.shard_begin(index), n = params.m().numel();
+    ASSERT_GT(n, 0);
+    EXPECT_TRUE(same_bits(params.m(), whole.m().slice(0, begin, n)));
+    EXPECT_TRUE(same_bits(params.v(), whole.v().slice(0, begin, n)));
+    const std::vector<double> now = values(params.values()), all = values(whole.values());
+    for (int64_t i = 0; i < whole.values().numel(); ++i) {
+      const auto at = static_cast<size_t>(i);
+      ASSERT_EQ(now[at], i >= begin && i < begin + n ? all[at] : before[at]) << i;
+    }
+  }
+}
+
 TEST(AdamW, DecayShrinksOnlyWhatIsFlagged) {
   Params params({{"matrix", {4, 4}, 0.5}, {"norm", {4}, 0, 1, false}}, 3, true, Device::cpu);
   const std::vector<double> before = values(params.get("matrix").value);

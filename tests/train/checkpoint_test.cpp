@@ -61,8 +61,12 @@ bool same_values(const Params& a, const Params& b) {
 }
 
 bool same(const Params& a, const Params& b) {
-  return same_values(a, b) && std::ranges::equal(a.all(), b.all(), [](auto& x, auto& y) {
-           return same(x.m, y.m) && same(x.v, y.v);
+  const auto moment = [](const Tensor& flat, const Param& p) {
+    return flat.slice(0, p.begin, p.value.numel());
+  };
+  return same_values(a, b) && std::ranges::all_of(a.all(), [&](const Param& p) {
+           return same(moment(a.m(), p), moment(b.m(), p)) &&
+                  same(moment(a.v(), p), moment(b.v(), p));
          });
 }
 
@@ -72,7 +76,7 @@ TrainState state_at(int64_t step) {
 
 std::string save(const std::string& run, int64_t step, const Params& params = trained()) {
   const std::string path = checkpoint_path(run, step);
-  save_checkpoint(path, params, state_at(step), config, "abc123", 2);
+  save_checkpoint(path, params, {params.m(), params.v()}, state_at(step), config, "abc123", 2);
   return path;
 }
 
@@ -131,6 +135,28 @@ TEST(Checkpoint, RestoresEveryBit) {
   EXPECT_EQ(info.data_fingerprint, "abc123");
   EXPECT_FALSE(info.code_version.empty());
   EXPECT_EQ(info.ranks, 2);
+}
+
+// Shards that end within a parameter, hold several, and hold none.
+TEST(Checkpoint, GivesEachShardItsMoments) {
+  TempDir run;
+  const Params saved = trained();
+  const std::string path = save(run / "", 1, saved);
+  for (const int count : {1, 2, 3, 7}) {
+    for (int index = 0; index < count; ++index) {
+      Params loaded(specs(), 77, true, Device::cpu, DType::f32, {index, count});
+      load_checkpoint(path, loaded);
+      EXPECT_TRUE(same_values(loaded, saved));
+      const int64_t first = loaded.shard_begin(index);
+      for (const Param& p : saved.all()) {
+        for (int64_t i = p.begin; i < p.begin + p.value.numel(); ++i) {
+          if (i < first || i >= first + loaded.m().numel()) continue;
+          ASSERT_EQ(loaded.m().ptr<float>()[i - first], saved.m().ptr<float>()[i]) << i;
+          ASSERT_EQ(loaded.v().ptr<float>()[i - first], saved.v().ptr<float>()[i]) << i;
+        }
+      }
+    }
+  }
 }
 
 TEST(Checkpoint, InfoListsParameters) {

@@ -108,7 +108,8 @@ void write_infinity(const std::string& from, const std::string& parameter, const
   Params params(specs, 0, true, Device::cpu);
   load_checkpoint(from, params);
   params.get(parameter).value.ptr<float>()[3] = std::numeric_limits<float>::infinity();
-  save_checkpoint(to, params, info.state, info.config_yaml, info.data_fingerprint, info.ranks);
+  save_checkpoint(to, params, {params.m(), params.v()}, info.state, info.config_yaml,
+                  info.data_fingerprint, info.ranks);
 }
 
 TEST_F(Failure, AnInfiniteWeightIsFoundWhereItIs) {

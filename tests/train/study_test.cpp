@@ -181,6 +181,8 @@ TEST(Study, RefusesWhatFollowsFromTheStudy) {
             "from");
   EXPECT_EQ(error_of(with("base:", "base:\n  run: {dir: x}")),
             "s.yaml:4: a study cannot set run.dir: the study names its runs' folders");
+  EXPECT_EQ(error_of(with("attention.method: full", "run.device: cpu")),
+            "s.yaml:12: a study cannot set run.device: only base can, for all runs alike");
   EXPECT_EQ(error_of(with("continued", "scratch")),
             "s.yaml:10: the section dense needs study.protocol continued, not scratch");
 }
