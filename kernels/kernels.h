@@ -175,8 +175,11 @@ struct Kernels {
                                Tensor ds_sum) const;
   /// Routing: tau f64 [B, Hq, N] the entmax thresholds, blocks.mask and blocks.bias as attention
   /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is kbar's.
+  /// scratch: f64 [dash_route_scratch()], or empty, as while decoding: each tile of queries then
+  /// prepares summaries for itself.
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
-                  const BlockSet& blocks, Tensor weights, Tensor read) const;
+                  const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read) const;
+  static int64_t dash_route_scratch(const Shape& q, const Shape& kbar);
   /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D].
   /// scratch: f64 [dash_route_backward_scratch()].
   void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,

@@ -259,8 +259,14 @@ void Kernels<Device::cpu>::dash_summaries_backward(Tensor k, Tensor s, int64_t c
 }
 
 template <>
+int64_t Kernels<Device::cpu>::dash_route_scratch(const Shape&, const Shape&) {
+  return 0;
+}
+
+template <>
 void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
-                                      const BlockSet& blocks, Tensor weights, Tensor read) const {
+                                      const BlockSet& blocks, Tensor weights, Tensor,
+                                      Tensor read) const {
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q);

@@ -140,7 +140,7 @@ using namespace cuda;
 
 template <>
 void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing,
-                                       Tensor tau, const BlockSet& blocks, Tensor weights,
+                                       Tensor tau, const BlockSet& blocks, Tensor weights, Tensor,
                                        Tensor read) const {
   if (q.numel() == 0 || route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
   const RouteShape s = route_shape(q, kbar, routing, blocks.first);
@@ -152,6 +152,11 @@ void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting&
                  2 * blocks.mask[3], pointer<float>(blocks.bias), pointer<float>(weights),
                  pointer<double>(read));
   });
+}
+
+template <>
+int64_t Kernels<Device::cuda>::dash_route_scratch(const Shape&, const Shape&) {
+  return 0;
 }
 
 template <>

@@ -92,7 +92,11 @@ void Kernels<Device::cuda>::dash_summaries_backward(Tensor, Tensor, int64_t, Ten
 }
 template <>
 void Kernels<Device::cuda>::dash_route(Tensor, Tensor, const DashRouting&, Tensor, const BlockSet&,
-                                       Tensor, Tensor) const {
+                                       Tensor, Tensor, Tensor) const {
+  refuse();
+}
+template <>
+int64_t Kernels<Device::cuda>::dash_route_scratch(const Shape&, const Shape&) {
   refuse();
 }
 template <>

@@ -1,6 +1,8 @@
 // DashAttention (arXiv 2605.18753): chunk summaries learned from the keys are scored by
 // alpha-entmax, whose support picks the chunks of each query and whose weights become a prior of
 // the token softmax. The prior's gradient trains queries, keys and summaries alike.
+#include <algorithm>
+
 #include "attention/record_attention.h"
 #include "attention/registry.h"
 #include "core/mirror.h"
@@ -62,10 +64,12 @@ class DashAttention : public AttentionMethod {
                           .bias = bias.value};
 
     Tensor dkbar, route_scratch;
-    if (tape.training()) {
-      dkbar = tape.scratch(kbar.shape, DType::f64);
+    if (tape.training()) dkbar = tape.scratch(kbar.shape, DType::f64);
+    if (!queries.decoding()) {
       const int64_t elements = with_kernels(tape.device(), [&](auto kernels) {
-        return kernels.dash_route_backward_scratch(q.value.shape, kbar.shape);
+        const int64_t forward = kernels.dash_route_scratch(q.value.shape, kbar.shape);
+        if (!tape.training()) return forward;
+        return std::max(forward, kernels.dash_route_backward_scratch(q.value.shape, kbar.shape));
       });
       route_scratch = tape.scratch({elements}, DType::f64);
     }
@@ -77,7 +81,8 @@ class DashAttention : public AttentionMethod {
           kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
                                  routing.chunk,
                                  kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
-          kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, read);
+          kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, route_scratch,
+                             read);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
         [=](auto kernels) {  // adds to what attention left in q's and k's gradients

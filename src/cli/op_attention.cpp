@@ -110,7 +110,8 @@ void run_dash(Case& c) {
   const Tensor w = c.result("out/w", {B, Hkv, N, M}, c.sum_type());
   with_kernels(c.device, [&](auto kernels) {
     kernels.dash_summaries(a.k, summary, routing.chunk, kbar);
-    kernels.dash_route(a.q, kbar, routing, tau, blocks, w, a.read);
+    const int64_t scratch = kernels.dash_route_scratch(a.q.shape, kbar.shape);
+    kernels.dash_route(a.q, kbar, routing, tau, blocks, w, c.make({scratch}, DType::f64), a.read);
   });
   a.forward(c.device, blocks);
 

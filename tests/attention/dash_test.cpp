@@ -73,7 +73,7 @@ class Dash {
                   per_head.ptr<double>() + h * M * D);
     }
     a.kernels.dash_route(a.q.value, per_head, routing, a.pool.make({B, Hq, N}, DType::f64), blocks,
-                         {}, {});
+                         {}, {}, {});
     return blocks;
   }
 
@@ -276,7 +276,7 @@ TEST(DashAttention, MeasuresHowRoutingSpreads) {
     const Tensor kbar = dash.a.pool.make({2, 2, 10, 8}, DType::f64);
     dash.a.kernels.dash_summaries(dash.a.k.value, dash.summary.value, 4, kbar);
     dash.a.kernels.dash_route(dash.a.q.value, kbar, {.chunk = 4, .alpha_gamma = alpha_gamma},
-                              dash.a.pool.make({2, 4, 40}), blocks, w, {});
+                              dash.a.pool.make({2, 4, 40}), blocks, w, {}, {});
     double expected = 0;
     for (const double x : values(w)) expected -= x > 0 ? x * std::log(x) : 0;
     EXPECT_NEAR(routing, expected, 1e-9);

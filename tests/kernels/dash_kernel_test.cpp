@@ -85,16 +85,19 @@ struct Routed {
         mask({c.B, c.Hkv, c.N, (M + 63) / 64}, DType::u64),
         bias({c.B, c.Hkv, c.N, M}, DType::f32),
         weights({c.B, c.Hkv, c.N, M}, DType::f32),
+        scratch(
+            {Kernels<Device::cuda>::dash_route_scratch(heads(q.gpu, c.D).shape, kbar.gpu.shape)},
+            DType::f64),
         read({c.Hkv, read_fields}, DType::f64) {
     routing.alpha_gamma = alpha_gamma;
     const BlockSet on_host{
         .block = routing.chunk, .mask = mask.cpu, .bias = bias.cpu, .first = c.first};
     const BlockSet on_device{
         .block = routing.chunk, .mask = mask.gpu, .bias = bias.gpu, .first = c.first};
-    on_cpu.dash_route(heads(q.cpu, c.D), kbar.cpu, routing, tau.cpu, on_host, weights.cpu,
+    on_cpu.dash_route(heads(q.cpu, c.D), kbar.cpu, routing, tau.cpu, on_host, weights.cpu, {},
                       read.cpu);
     on_gpu.dash_route(heads(q.gpu, c.D), kbar.gpu, routing, tau.gpu, on_device, weights.gpu,
-                      read.gpu);
+                      scratch.gpu, read.gpu);
   }
   Routed(const Routed&) = delete;
 
@@ -102,7 +105,7 @@ struct Routed {
   double alpha_gamma[2] = {c.alpha, c.gamma};
   DashRouting routing = c.routing;
   int64_t M;
-  Twin q, kbar, tau, mask, bias, weights, read;
+  Twin q, kbar, tau, mask, bias, weights, scratch, read;
 };
 
 TEST(DashOnGpu, Summarizes) {
@@ -225,9 +228,9 @@ TEST(DashOnGpu, ANaNRoutesNowhere) {
   Twin tau({1, Hq, N}, DType::f64), mask({1, Hkv, N, 1}, DType::u64);
   Twin bias({1, Hkv, N, M}, DType::f32);
   on_cpu.dash_route(q.cpu, kbar.cpu, routing, tau.cpu,
-                    {.block = 8, .mask = mask.cpu, .bias = bias.cpu}, {}, {});
+                    {.block = 8, .mask = mask.cpu, .bias = bias.cpu}, {}, {}, {});
   on_gpu.dash_route(q.gpu, kbar.gpu, routing, tau.gpu,
-                    {.block = 8, .mask = mask.gpu, .bias = bias.gpu}, {}, {});
+                    {.block = 8, .mask = mask.gpu, .bias = bias.gpu}, {}, {}, {});
   EXPECT_TRUE(same_as_cpu(mask));
   EXPECT_LT(bias.error(), 1e-6);
   EXPECT_EQ(mask.fetch().ptr<uint64_t>()[60], uint64_t{1} << (60 / 8));
@@ -243,7 +246,7 @@ TEST(DashOnGpu, RefusesWhatSharedMemoryCannotHold) {
       bias({1, 1, 1000, 1000}, DType::f32);
   try {
     on_gpu.dash_route(q.gpu, kbar.gpu, routing, tau.gpu,
-                      {.block = 1, .mask = mask.gpu, .bias = bias.gpu}, {}, {});
+                      {.block = 1, .mask = mask.gpu, .bias = bias.gpu}, {}, {}, {});
     FAIL() << "it was not refused";
   } catch (const Error& error) {
     EXPECT_NE(std::string(error.what()).find("shared memory"), std::string::npos) << error.what();
