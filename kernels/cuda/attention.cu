@@ -183,7 +183,7 @@ int64_t Kernels<Device::cuda>::attention_backward_scratch(Tensor q, Tensor k) {
   const int64_t delta = ceil_div(q[0] * q[1] * q[2] * 4, 256) * 256;  // f32 [B, Hq, N]
   if (k[2] == q[2]) {
     const AttentionProblem p(q, k, {});
-    if (hopper_attention_takes(p, {q, k})) return std::max(delta, hopper_attention_scratch(p));
+    if (hopper_attention_takes(p, {q, k})) return std::max(delta, query_numbers_scratch(p));
   }
   return std::max(delta, library_scratch(q, k, true));
 }

@@ -68,8 +68,8 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
 /// Whether it takes a problem of these tensors; what it has checked of them holds for others that
 /// lie alike.
 bool hopper_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
-/// Bytes of scratch.
-int64_t hopper_attention_scratch(const AttentionProblem& p);
+/// Bytes of scratch; attention_hopper_numbers.cu.
+int64_t query_numbers_scratch(const AttentionProblem& p);
 void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
                                const Rows<bf16>& v, const Rows<bf16>& o, const Rows<bf16>& dout,
                                const float* lse, float* scratch, const AttentionGrads<bf16>& grads);

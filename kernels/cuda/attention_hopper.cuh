@@ -17,13 +17,26 @@ namespace entrain::cuda {
 
 constexpr float log2_e = 1.44269504f;
 
+/// Queries of a head, with what fills up the last block.
+inline int64_t padded_rows(const AttentionProblem& p) {
+  return ceil_div(p.N, block_rows) * block_rows;
+}
+
+/// What both halves need of each query besides its rows: f32 [B, Hq, padded_rows()].
+struct QueryNumbers {
+  const float* log_sums;  // lse in base 2, infinity after the last row
+  const float* deltas;    // sums of o dout over D, 0 after the last row
+};
+/// In scratch of query_numbers_scratch() bytes; attention_hopper_numbers.cu.
+QueryNumbers query_numbers(const AttentionProblem& p, const Rows<bf16>& o, const Rows<bf16>& dout,
+                           const float* lse, float* scratch);
+
 /// A problem as the kernels take it.
 struct DenseBackward {
   int B, Hq, Hkv, g, N;
-  int blocks;             // of 64 rows, the last one perhaps with fewer
-  const float* log_sums;  // [B, Hq, 64 blocks]: lse in base 2, infinity after the last row
-  const float* deltas;    // [B, Hq, 64 blocks]: sums of o dout over D, 0 after the last row
-  float scale;            // of logits in base e
+  int blocks;  // of 64 rows, the last one perhaps with fewer
+  QueryNumbers numbers;
+  float scale;  // of logits in base e
 
   __device__ int64_t row(int b, int head, int i) const {
     return (int64_t{b} * Hq + head) * blocks * block_rows + i;

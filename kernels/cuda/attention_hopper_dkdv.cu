@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
           copy_block<D>(dout_block(ring.stage), dout_map, ring.full(), t * block_rows, head, b);
           const int64_t row = p.row(b, head, t * block_rows);
           const uint32_t numbers = row_numbers(ring.stage);
-          copy_bytes(numbers, p.log_sums + row, Shape::row_bytes / 2, ring.full());
-          copy_bytes(numbers + Shape::row_bytes / 2, p.deltas + row, Shape::row_bytes / 2,
+          copy_bytes(numbers, p.numbers.log_sums + row, Shape::row_bytes / 2, ring.full());
+          copy_bytes(numbers + Shape::row_bytes / 2, p.numbers.deltas + row, Shape::row_bytes / 2,
                      ring.full());
           ring.next();
         }

@@ -1,5 +1,4 @@
-// Dense causal attention in bf16 on Hopper, backward, first half: dq = dS K / sqrt(D), and before
-// it what both halves need of each query, its lse and delta = sum of o dout.
+// Dense causal attention in bf16 on Hopper, backward, first half: dq = dS K / sqrt(D).
 //
 // An item is 192 queries of a head (128 where D = 128), 64 a warpgroup; it goes through the keys up
 // to its last query, 64 a step. Items are counted from the last query back, so that the one with
@@ -13,33 +12,6 @@
 
 namespace entrain::cuda {
 namespace {
-
-/// Log sums and deltas of rows [B, Hq, 64 blocks]; D / 8 lanes a row.
-template <int D>
-__global__ void __launch_bounds__(256)
-    query_numbers(const Rows<bf16> o, const Rows<bf16> dout, const float* lse, float* log_sums,
-                  float* deltas, int Hq, int N, int padded, int64_t rows) {
-  constexpr int lanes = D / 8;
-  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / lanes;
-  if (row >= rows) return;  // whole warps: a block's rows are a multiple of a warp's, as are all
-  const auto i = static_cast<int>(row % padded);
-  const int64_t head = row / padded;
-  const int d = static_cast<int>(threadIdx.x) % lanes * 8;
-  float sum = 0;
-  if (i < N) {
-    const auto a = *reinterpret_cast<const Pack<bf16, 8>*>(o.at(head / Hq, head % Hq, i) + d);
-    const auto b = *reinterpret_cast<const Pack<bf16, 8>*>(dout.at(head / Hq, head % Hq, i) + d);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum += to_float(a.at[e]) * to_float(b.at[e]);
-  }
-#pragma unroll
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  }
-  if (d != 0) return;
-  deltas[row] = sum;
-  log_sums[row] = i < N ? lse[head * N + i] * log2_e : INFINITY;
-}
 
 template <int D>
 struct QueryGradients {
@@ -113,8 +85,8 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     const int b = item % heads / p.Hq, head = item % p.Hq, end = end_of(item);
     const int block = end - groups + mine, query = block * block_rows + lane_row;
     const int64_t row = p.row(b, head, max(query, 0));
-    const float log_sum[2] = {p.log_sums[row], p.log_sums[row + 8]};
-    const float delta[2] = {p.deltas[row], p.deltas[row + 8]};
+    const float log_sum[2] = {p.numbers.log_sums[row], p.numbers.log_sums[row + 8]};
+    const float delta[2] = {p.numbers.deltas[row], p.numbers.deltas[row + 8]};
     own.wait_full();
     constexpr bool in_registers = D > 64;
     const OwnBlock<D, in_registers> q(q_block(mine)), dout(dout_block(mine));
@@ -194,25 +166,18 @@ bool hopper_attention_takes(const AttentionProblem& p, std::initializer_list<Ten
   return takes;
 }
 
-int64_t hopper_attention_scratch(const AttentionProblem& p) {
-  return 2 * p.B * p.Hq * ceil_div(p.N, block_rows) * block_rows * int64_t{sizeof(float)};
-}
-
 void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
                                const Rows<bf16>& v, const Rows<bf16>& o, const Rows<bf16>& dout,
                                const float* lse, float* scratch,
                                const AttentionGrads<bf16>& grads) {
-  const int64_t blocks = ceil_div(p.N, block_rows), padded = blocks * block_rows;
-  const int64_t rows = p.B * p.Hq * padded;
-  float *log_sums = scratch, *deltas = scratch + rows;
+  const int64_t blocks = ceil_div(p.N, block_rows);
   const auto whole = [](int64_t n) { return static_cast<int>(n); };
-  const DenseBackward dense{whole(p.B),    whole(p.Hq), whole(p.Hkv), whole(p.g), whole(p.N),
-                            whole(blocks), log_sums,    deltas,       p.scale()};
+  const QueryNumbers numbers = query_numbers(p, o, dout, lse, scratch);
+  const DenseBackward dense{whole(p.B), whole(p.Hq),   whole(p.Hkv), whole(p.g),
+                            whole(p.N), whole(blocks), numbers,      p.scale()};
   const auto queries = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hq, p.N, p.D); };
   const auto keys = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hkv, p.N, p.D); };
   by_dense_head_dim(p.D, [&](auto D) {
-    launch("attention_backward: delta", query_numbers<D>, ceil_div(rows * (D / 8), 256), 256, 0, o,
-           dout, lse, log_sums, deltas, dense.Hq, dense.N, whole(padded), rows);
     using Shape = QueryGradients<D>;
     const int64_t items = p.B * p.Hq * ceil_div(blocks, Shape::groups);
     launch("attention_backward: dq", query_gradients<D>,
