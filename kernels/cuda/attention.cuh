@@ -4,6 +4,8 @@
 
 namespace entrain::cuda {
 
+constexpr float log2_e = 1.44269504f;
+
 /// What queries see of the keys (see BlockSet): those complete at their token, of these the last of
 /// the window.
 struct Sight {
@@ -64,15 +66,25 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
                         Rows<bf16> o, Rows<bf16> dout, const float* lse, float* delta,
                         const AttentionGrads<bf16>& grads);
 
-// attention_hopper_dq.cu: backward of dense() problems in bf16, head_dim 64 or 128, on Hopper.
-/// Whether it takes a problem of these tensors; what it has checked of them holds for others that
-/// lie alike.
+/// Whether this is Hopper and the tensors are bf16, of head_dim 64 or 128, and lie as its copy
+/// engine wants it; what has been checked of them holds for others that lie alike.
+bool hopper_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
+
+// attention_hopper_dq.cu: backward of dense() problems on Hopper.
+/// Whether it takes a problem of these tensors.
 bool hopper_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
 /// Bytes of scratch; attention_hopper_numbers.cu.
 int64_t query_numbers_scratch(const AttentionProblem& p);
 void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
                                const Rows<bf16>& v, const Rows<bf16>& o, const Rows<bf16>& dout,
                                const float* lse, float* scratch, const AttentionGrads<bf16>& grads);
+
+// attention_sparse_forward.cu: 64 queries or more over blocks of whole tiles of 64 keys, or over
+// all that they see, on Hopper.
+/// Whether it takes a problem of these tensors.
+bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
+void sparse_attention_forward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                              const Rows<bf16>& v, const Rows<bf16>& o, float* lse);
 
 // dense_attention.cpp where cuDNN is there, otherwise no_cudnn.cpp, which never takes a problem.
 /// Whether the library takes a problem of these shapes, strides and types: dense() ones in bf16.

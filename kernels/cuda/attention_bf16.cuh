@@ -16,7 +16,6 @@
 namespace entrain::cuda {
 
 constexpr int key_tile = 64;
-constexpr float log2_e = 1.44269504f;
 
 /// Calls f with head_dim rounded up to what kernels are compiled for; what is added is zeros.
 template <class F>

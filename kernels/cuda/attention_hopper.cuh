@@ -15,8 +15,6 @@
 
 namespace entrain::cuda {
 
-constexpr float log2_e = 1.44269504f;
-
 /// Queries of a head, with what fills up the last block.
 inline int64_t padded_rows(const AttentionProblem& p) {
   return ceil_div(p.N, block_rows) * block_rows;
@@ -91,9 +89,10 @@ struct Ring {
       parity ^= 1;
     }
   }
-  __device__ static void init(uint32_t barriers, int consumers) {
+  /// Of arrivals at a stage until it is full and until it is empty.
+  __device__ static void init(uint32_t barriers, int consumers, int producers = 1) {
     for (int i = 0; i < stages; ++i) {
-      barrier_init(barriers + 8 * i, 1);
+      barrier_init(barriers + 8 * i, producers);
       barrier_init(barriers + 8 * (stages + i), consumers);
     }
   }

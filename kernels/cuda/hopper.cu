@@ -24,19 +24,23 @@ Encode find_encode() {
   return reinterpret_cast<Encode>(found);
 }
 
-}  // namespace
+/// A dimension outside the columns, and how much of it a box takes.
+struct Dimension {
+  int64_t count, step, box;
+};
 
-CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D) {
+CUtensorMap map_of(const Rows<bf16>& x, int64_t D, const Dimension (&outer)[3]) {
   static const Encode encode = find_encode();
   const auto number = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  // The stride of a dimension of one is never used, yet checked.
-  const auto stride = [&](int64_t step, int64_t count) {
-    return number(2 * (count == 1 ? D : step));
-  };
-  const cuuint64_t extent[4] = {number(D), number(N), number(H), number(B)};
-  const cuuint64_t strides[3] = {stride(x.token_step, N), stride(x.head_step, H),
-                                 stride(x.batch_step, B)};
-  const cuuint32_t box[4] = {64, block_rows, 1, 1}, every[4] = {1, 1, 1, 1};
+  cuuint64_t extent[4] = {number(D)}, strides[3];
+  cuuint32_t box[4] = {64};
+  for (int i = 0; i < 3; ++i) {
+    extent[i + 1] = number(outer[i].count);
+    // The stride of a dimension of one is never used, yet checked.
+    strides[i] = number(2 * (outer[i].count == 1 ? D : outer[i].step));
+    box[i + 1] = static_cast<cuuint32_t>(outer[i].box);
+  }
+  const cuuint32_t every[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult made =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, extent, strides, box, every,
@@ -46,6 +50,17 @@ CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int6
     fail("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(made)));
   }
   return map;
+}
+
+}  // namespace
+
+CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D) {
+  return map_of(x, D, {{N, x.token_step, block_rows}, {H, x.head_step, 1}, {B, x.batch_step, 1}});
+}
+
+CUtensorMap packed_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D, int heads,
+                       int tokens) {
+  return map_of(x, D, {{H, x.head_step, heads}, {N, x.token_step, tokens}, {B, x.batch_step, 1}});
 }
 
 }  // namespace entrain::cuda

@@ -25,6 +25,10 @@ constexpr int panel_bytes = block_rows * 128;
 /// How the copy engine finds blocks of [B, H, N, D] rows; coordinates are column, row, head, batch.
 /// Rows outside [0, N) are zeros.
 CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D);
+/// The same for blocks of `tokens` neighbouring rows of `heads` neighbouring heads, 64 in all at
+/// most, the heads of a row one after the other; coordinates are column, head, row, batch.
+CUtensorMap packed_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D, int heads,
+                       int tokens);
 
 #ifdef __CUDACC__
 
@@ -57,6 +61,16 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!done);
+}
+
+/// An arrival, which the barrier's count includes, once this thread's copy_async() so far are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/// Lets products and the copy engine see what this thread has written to shared memory.
+__device__ __forceinline__ void show_to_engines() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Copies to shared memory; their bytes arrive at a barrier.

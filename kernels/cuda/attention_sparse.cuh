@@ -1,0 +1,244 @@
+#pragma once
+// The block-sparse engine on Hopper: what its two halves share that go through the keys, forward
+// (attention_sparse_forward.cu) and dq (attention_sparse_dq.cu).
+//
+// A thread block stays on its multiprocessor and takes items in turn, later queries first, which
+// see more. An item is neighbouring queries of one kv head: 64 / g of them for each warpgroup, each
+// with the g heads of the group one after the other, so that a warpgroup has 64 rows (the last ones
+// of no query where g does not divide 64). Its steps are the tiles of 64 keys that some query of
+// the item attends. One more warp finds them, in ascending order, and copies their K and V ahead
+// through a ring of stages, with a word for each warpgroup that tells which of its queries attend
+// the tile, and the queries' biases. A warpgroup passes over tiles that none of its own queries
+// attends: what it computes is the union of its 64 / g queries, whatever the others attend.
+//
+// Blocks are whole tiles, so a query attends all of a tile or nothing, but for what it does not see
+// (Sight): at the diagonal, at a window's begin and after the last key.
+#include "kernels/cuda/attention_bf16.cuh"
+#include "kernels/cuda/attention_hopper.cuh"
+
+#ifdef __CUDACC__
+
+namespace entrain::cuda {
+
+/// Neighbouring queries of one kv head.
+struct SparseItem {
+  int b, r, first, count;  // queries [first, first + count)
+
+  __device__ SparseItem(const AttentionProblem& p, int queries, int item) {
+    const int N = static_cast<int>(p.N), Hkv = static_cast<int>(p.Hkv);
+    const int kv_heads = static_cast<int>(p.B) * Hkv, last = (N - 1) / queries;
+    b = item % kv_heads / Hkv;
+    r = item % Hkv;
+    first = (last - item / kv_heads) * queries;
+    count = min(queries, N - first);
+  }
+  /// Items of so many queries.
+  __host__ __device__ static int64_t items(const AttentionProblem& p, int queries) {
+    return p.B * p.Hkv * ((p.N + queries - 1) / queries);
+  }
+  /// Where its first query lies in [B, Hkv, N].
+  __device__ int64_t index(const AttentionProblem& p) const {
+    return (b * p.Hkv + r) * p.N + first;
+  }
+};
+
+/// What comes with a tile's keys and values.
+template <int groups>
+struct SparseStep {
+  // Of each warpgroup's queries, a bit each: whether it attends some key of the tile.
+  uint64_t attending[groups];
+  int tile;                         // negative after an item's last one
+  float bias[groups * block_rows];  // of the item's queries on the tile's block, where there is one
+};
+
+/// The ring of a thread block of `groups` warpgroups, in shared memory.
+template <int D, int groups, int stages>
+class SparseRing : public Ring<stages> {
+ public:
+  static constexpr int block_bytes = D / 64 * panel_bytes;
+  static constexpr int bytes = stages * (2 * block_bytes + sizeof(SparseStep<groups>)) +
+                               8 * groups * block_rows + 8 * 2 * stages;
+
+  /// memory: `bytes` at a multiple of 1024.
+  __device__ explicit SparseRing(char* memory)
+      : Ring<stages>{shared_address(memory) + bytes - 8 * 2 * stages},
+        blocks_(shared_address(memory)),
+        steps_(reinterpret_cast<SparseStep<groups>*>(memory + stages * 2 * block_bytes)),
+        words_(reinterpret_cast<uint64_t*>(steps_ + stages)) {}
+  /// By one thread, before barrier_init_done(). Each warp of the warpgroups empties a stage.
+  __device__ void init(const AttentionProblem& p) const {
+    Ring<stages>::init(this->barriers, 4 * groups, p.bias ? 1 + 32 : 1);
+  }
+
+  __device__ Block k(int stage) const { return {blocks_ + 2 * stage * block_bytes}; }
+  __device__ Block v(int stage) const { return {blocks_ + (2 * stage + 1) * block_bytes}; }
+  /// Of the stage at hand, once it is full.
+  __device__ const SparseStep<groups>& step() const { return steps_[this->stage]; }
+
+  /// The copying warp's part of an item.
+  __device__ void fill(const AttentionProblem& p, int queries, const SparseItem& item,
+                       const CUtensorMap& k_map, const CUtensorMap& v_map) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, block = static_cast<int>(p.block);
+    const float* biases = p.bias + item.index(p) * p.bias_blocks;
+    const int begin = seen_by(p, item.first).begin;
+    const int end = seen_by(p, item.first + item.count - 1).end;
+    // A lane has a tile of 32. They share a word of each query's mask.
+    for (int tile0 = begin / key_tile / 32 * 32; tile0 * key_tile < end; tile0 += 32) {
+      uint64_t attending[groups];
+      find_attending(attending, p, queries, item, tile0);
+      bool some = false;
+#pragma unroll
+      for (int w = 0; w < groups; ++w) some = some || attending[w];
+      for (uint32_t rest = __ballot_sync(0xffffffffu, some); rest; rest &= rest - 1) {
+        const int owner = __ffs(static_cast<int>(rest)) - 1, tile = tile0 + owner;
+        this->wait_empty();
+        __syncwarp();  // all lanes have seen it empty before it fills
+        SparseStep<groups>& step = steps_[this->stage];
+        if (p.bias) {
+          const float* of_block = biases + tile * key_tile / block;
+          for (int i = lane; i < item.count; i += 32) {
+            copy_async<4>(shared_address(step.bias + i), of_block + i * p.bias_blocks, true);
+          }
+          barrier_arrive_after_copies(this->full());
+        }
+        if (lane == owner) {
+          step.tile = tile;
+#pragma unroll
+          for (int w = 0; w < groups; ++w) step.attending[w] = attending[w];
+          barrier_arrive_expecting(this->full(), 2 * block_bytes);
+          copy_block<D>(k(this->stage), k_map, this->full(), tile * key_tile, item.r, item.b);
+          copy_block<D>(v(this->stage), v_map, this->full(), tile * key_tile, item.r, item.b);
+        }
+        this->next();
+      }
+    }
+    this->wait_empty();
+    __syncwarp();
+    if (p.bias) barrier_arrive_after_copies(this->full());
+    if (lane == 0) {
+      steps_[this->stage].tile = -1;
+      barrier_arrive(this->full());
+    }
+    this->next();
+  }
+
+ private:
+  /// Of each warpgroup's queries, those that attend some key of the lane's tile.
+  __device__ void find_attending(uint64_t (&attending)[groups], const AttentionProblem& p,
+                                 int queries, const SparseItem& item, int tile0) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, block = static_cast<int>(p.block);
+    const int tile = tile0 + lane, own = queries / groups;
+#pragma unroll
+    for (int w = 0; w < groups; ++w) attending[w] = p.mask ? 0 : ~uint64_t{0};
+    if (p.mask) {
+      const uint64_t* word = p.mask + item.index(p) * p.words + tile0 * key_tile / block / 64;
+      __syncwarp();  // the words of before have been read
+      for (int i = lane; i < item.count; i += 32) words_[i] = word[i * p.words];
+      __syncwarp();
+      const int bit = tile * key_tile / block % 64;
+#pragma unroll
+      for (int w = 0; w < groups; ++w) {
+        for (int i = 0; i < min(own, item.count - w * own); ++i) {
+          attending[w] |= (words_[w * own + i] >> bit & 1) << i;
+        }
+      }
+    }
+    // Of the item, queries [first, last) see some of the tile.
+    const int64_t token = p.first + item.first, key = int64_t{tile} * key_tile;
+    const auto place = [&](int64_t t) {
+      return static_cast<int>(min(max(t - token, int64_t{0}), int64_t{item.count}));
+    };
+    const int first = place(p.sight.first_token(key));
+    const int last = place(p.sight.last_token(key + key_tile - 1));
+#pragma unroll
+    for (int w = 0; w < groups; ++w) {
+      attending[w] &= bits_below(min(own, last - w * own)) & ~bits_below(first - w * own);
+    }
+  }
+
+  uint32_t blocks_;
+  SparseStep<groups>* steps_;
+  uint64_t* words_;  // of the item's queries
+};
+
+/// Starts copying a warpgroup's rows of x, whose first query is `first`; they are
+/// packed_bytes<D>() then. Rows of no query are left as they are.
+template <int D>
+__device__ __forceinline__ void copy_packed(Block to, const CUtensorMap& map, uint32_t barrier,
+                                            const AttentionProblem& p, const SparseItem& item,
+                                            int first) {
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel) {
+    copy_panel(to.address + panel * panel_bytes, map, barrier, panel * 64,
+               item.r * static_cast<int>(p.g), first, item.b);
+  }
+}
+template <int D>
+__device__ __forceinline__ int packed_bytes(const PackedRows& pack) {
+  return pack.heads * pack.queries * 2 * D;
+}
+
+/// A thread's two rows of its warpgroup's 64.
+struct OwnRows {
+  int first;              // query of the warpgroup
+  int query[2], head[2];  // query - first, head of the group
+  bool has[2];            // false: the row is of no query
+  KeyRange seen[2];
+
+  __device__ OwnRows(const AttentionProblem& p, const PackedRows& pack, int first_query)
+      : first(first_query) {
+    const int N = static_cast<int>(p.N), thread = static_cast<int>(threadIdx.x) % warpgroup;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = thread / 32 * 16 + i * 8 + thread % 32 / 4;
+      query[i] = pack.query(row);
+      head[i] = pack.head(row);
+      has[i] = query[i] < pack.queries && first + query[i] < N;
+      seen[i] = seen_by(p, min(first + query[i], N - 1));
+    }
+  }
+  /// Where row i lies in [B, Hq, N].
+  __device__ int64_t index(const AttentionProblem& p, const SparseItem& item, int i) const {
+    return (item.b * p.Hq + item.r * p.g + head[i]) * p.N + first + query[i];
+  }
+  /// Scores of keys of a tile that a row does not see become -infinity.
+  __device__ void hide_unseen(float (&s)[8][4], int tile) const {
+    const int key0 = tile * key_tile, key = key0 + static_cast<int>(threadIdx.x) % 4 * 2;
+    bool part = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      part = part || seen[i].begin > key0 || seen[i].end < key0 + key_tile;
+    }
+    if (!__any_sync(0xffffffffu, part)) return;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = key + 8 * j + e % 2;
+        if (at < seen[e / 2].begin || at >= seen[e / 2].end) s[j][e] = -INFINITY;
+      }
+    }
+  }
+  /// Writes, or adds, sums times a factor for each row to rows of x.
+  template <int n>
+  __device__ void store(const float (&sum)[n][4], const float (&factor)[2], const Rows<bf16>& x,
+                        const AttentionProblem& p, const SparseItem& item, bool add) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!has[i]) continue;
+      bf16* at = x.at(item.b, item.r * p.g + head[i], first + query[i]) + threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+        auto* pair = reinterpret_cast<__nv_bfloat162*>(at + 8 * j);
+        float2 y = add ? __bfloat1622float2(*pair) : make_float2(0, 0);
+        y.x += sum[j][2 * i] * factor[i];
+        y.y += sum[j][2 * i + 1] * factor[i];
+        *pair = __floats2bfloat162_rn(y.x, y.y);
+      }
+    }
+  }
+};
+
+}  // namespace entrain::cuda
+
+#endif  // __CUDACC__
