@@ -276,10 +276,11 @@ void add_bench_attention(CLI::App& bench) {
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
   attention
-      ->add_option("--sharing", o->sharing,
-                   "neighbouring queries that look for the same: each is a sum of four directions "
-                   "and one more that its run shares and half as much noise of its own; 1: each "
-                   "for itself, the worst case")
+      ->add_option(
+          "--sharing", o->sharing,
+          "neighbouring queries that look for the same: a run of them shares five directions, "
+          "to which each adds noise of its own, half as large as one; 1: each for itself, "
+          "the worst case")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
   attention->add_option("--against", o->against,

@@ -87,6 +87,9 @@ class Decoding {
     }
   }
 
+  Decoding(const Decoding&) = delete;  // the tape refers to last_
+  Decoding& operator=(const Decoding&) = delete;
+
   void seek(double density) {
     cli::seek(method_->gamma(), density, [&] { return read().density(); });
   }
