@@ -69,7 +69,8 @@ class AttentionMethod {
 
   /// Records attention; o [B, Hq, N, D] views the layer's output, which forward writes and whose
   /// gradient backward reads. Decoding continues a sequence: forward also updates the cache.
-  virtual void record(Tape& tape, const AttentionInput& in, Var o) const = 0;
+  /// Returns the mask of the blocks that forward chooses, see BlockSet, or an empty tensor.
+  virtual Tensor record(Tape& tape, const AttentionInput& in, Var o) const = 0;
 
   /// The knobs of sparsity that a controller or a schedule may turn while training, or null.
   virtual double* gamma() { return nullptr; }

@@ -46,7 +46,7 @@ class DashAttention : public AttentionMethod {
     return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, DType::f64}};
   }
 
-  void record(Tape& tape, const AttentionInput& in, Var o) const override {
+  Tensor record(Tape& tape, const AttentionInput& in, Var o) const override {
     const DashRouting routing = routing_;
     const Var q = in.q, k = in.k;
     const Var summary = learned_summaries_ ? in.params.at(0) : Var{};
@@ -95,6 +95,7 @@ class DashAttention : public AttentionMethod {
         {k.grad, summary.grad});
 
     record_attention(tape, in, blocks, bias.grad, o);
+    return blocks.mask;
   }
 
  private:

@@ -22,7 +22,7 @@ class InfLlmV2Attention : public AttentionMethod {
     return {{{1, s.n_kv_head, selection_.windows(tokens), s.head_dim}, DType::f64}};
   }
 
-  void record(Tape& tape, const AttentionInput& in, Var o) const override {
+  Tensor record(Tape& tape, const AttentionInput& in, Var o) const override {
     const BlockSelection selection = selection_;
     const Var q = in.q, k = in.k;
     const int64_t B = q.value[0], N = q.value[2], D = q.value[3];
@@ -45,6 +45,7 @@ class InfLlmV2Attention : public AttentionMethod {
     });
 
     record_attention(tape, in, blocks, {}, o);
+    return blocks.mask;
   }
 
  private:

@@ -64,7 +64,7 @@ class NsaAttention : public AttentionMethod {
     return {compressed, compressed};
   }
 
-  void record(Tape& tape, const AttentionInput& in, Var o) const override {
+  Tensor record(Tape& tape, const AttentionInput& in, Var o) const override {
     const Var* x = in.projected.data();
     NsaInput branches{.q = in.q,
                       .kc = {},
@@ -85,7 +85,7 @@ class NsaAttention : public AttentionMethod {
                                       decoding ? in.cache.at(0) : Tensor{});
     branches.vc = compression_.record(tape, x[1], learned.last(half), queries,
                                       decoding ? in.cache.at(1) : Tensor{});
-    record_nsa(tape, selection_, window_, branches, o);
+    return record_nsa(tape, selection_, window_, branches, o);
   }
 
  private:

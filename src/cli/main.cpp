@@ -58,7 +58,7 @@ std::string with_less_memory(const CLI::App& app) {
   if (command == "eval") return "; set a smaller data.seq_len";
   if (command == "tokenize") return "; take fewer --threads, or shorter lines of JSON";
   if (command == "op") return "; take smaller tensors";
-  if (command == "bench") return "; lower --batch or --tokens";
+  if (command == "bench") return "; lower --batch, --tokens or what --shape names";
   return "";
 }
 

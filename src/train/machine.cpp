@@ -17,6 +17,25 @@
 #include "kernels/kernels.h"
 
 namespace entrain {
+namespace {
+
+/// The median of what several runs of f do in a second, each so much.
+template <class F>
+double rate(Device device, double amount, F f) {
+  std::vector<double> rates;
+  Stopwatch watch(device);
+  for (int i = 0; i < 9; ++i) {
+    watch.reset();
+    watch.start();
+    with_kernels(device, f);
+    watch.stop();
+    if (device == Device::cuda) gpu::synchronize();
+    rates.push_back(amount / watch.seconds());
+  }
+  return median(rates);
+}
+
+}  // namespace
 
 MatmulRate::MatmulRate(Device device)
     : device_(device), n_(device == Device::cuda ? 8192 : 1024), memory_(device) {
@@ -38,22 +57,26 @@ MatmulRate::MatmulRate(Device device)
 }
 
 double MatmulRate::measure() {
-  std::vector<double> rates;
-  Stopwatch watch(device_);
-  for (int i = 0; i < 9; ++i) {
-    watch.reset();
-    watch.start();
-    with_kernels(device_, [&](auto kernels) { kernels.linear(x_, w_, y_); });
-    watch.stop();
-    if (device_ == Device::cuda) gpu::synchronize();
-    const auto n = static_cast<double>(n_);
-    rates.push_back(2 * n * n * n / watch.seconds());
-  }
-  return median(rates);
+  const auto n = static_cast<double>(n_);
+  return rate(device_, 2 * n * n * n, [&](auto kernels) { kernels.linear(x_, w_, y_); });
 }
 
 std::string MatmulRate::name() const {
   return device_ == Device::cuda ? "bf16 matrix product 8192^3" : "float32 matrix product 1024^3";
+}
+
+MemoryRate::MemoryRate(Device device) : device_(device), memory_(device) {
+  const int64_t elements = int64_t{1} << (device == Device::cuda ? 28 : 24);
+  const DType dtype = device == Device::cuda ? DType::bf16 : DType::f32;
+  for (const bool committed : {false, true}) {
+    if (committed) memory_.commit();
+    for (Tensor* t : {&a_, &b_, &y_}) *t = memory_.alloc({elements}, dtype);
+  }
+}
+
+double MemoryRate::measure() {
+  const auto bytes = static_cast<double>(a_.bytes() + b_.bytes() + y_.bytes());
+  return rate(device_, bytes, [&](auto kernels) { kernels.add(a_, b_, y_); });
 }
 
 size_t physical_bytes() {

@@ -23,6 +23,19 @@ class MatmulRate {
   Tensor x_, w_, y_;
 };
 
+/// Bytes a second that memory gives, read and written, the median of several: the sum of two arrays
+/// into a third, larger than caches.
+class MemoryRate {
+ public:
+  explicit MemoryRate(Device device);
+  double measure();
+
+ private:
+  Device device_;
+  Arena memory_;
+  Tensor a_, b_, y_;
+};
+
 /// Bytes of memory this machine has.
 size_t physical_bytes();
 

@@ -46,7 +46,8 @@ TEST(Main, SaysWhatNeedsLessMemory) {
   const Ended bench = run_entrain("bench train --device cpu --d-ff 2000000000");
   EXPECT_EQ(bench.code, 1);
   EXPECT_TRUE(bench.err.starts_with("entrain: out of memory: ")) << bench.err;
-  EXPECT_TRUE(bench.err.ends_with(" GiB were asked for at once; lower --batch or --tokens\n"))
+  EXPECT_TRUE(bench.err.ends_with(
+      " GiB were asked for at once; lower --batch, --tokens or what --shape names\n"))
       << bench.err;
 }
 
