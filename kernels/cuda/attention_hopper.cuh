@@ -174,6 +174,47 @@ __device__ __forceinline__ void add_product(float (&sum)[n][4], const Fragment (
   for (int step = 0; step < 4; ++step) product<true>(sum, a[step], other.columns(step), true);
 }
 
+/// A step of queries' gradients: sum += dS k, whose products still run when it returns. shift(i):
+/// what is added to the logits, in base 2, of the thread's row i of two; delta: theirs.
+/// free_before() is called once the step before has done with its keys, hide(S) once S is known.
+template <int D, bool q_in_registers, bool dout_in_registers, class Shift, class FreeBefore,
+          class Hide>
+__device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], float (&ds)[8][4],
+                                                    const OwnBlock<D, q_in_registers>& q,
+                                                    const OwnBlock<D, dout_in_registers>& dout,
+                                                    Block k, Block v, float scale, Shift shift,
+                                                    const float (&delta)[2], FreeBefore free_before,
+                                                    Hide hide) {
+  float s[8][4];
+  products_fence();
+  q.by_rows(s, k);
+  products_commit();
+  dout.by_rows(ds, v);
+  products_commit();
+  const float shifts[2] = {shift(0), shift(1)};
+  products_wait<1>();
+  pin(s);
+  free_before();
+  hide(s);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = power_of_2(fmaf(s[j][e], scale, shifts[e / 2]));
+  }
+  products_wait<0>();
+  pin(ds);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ds[j][e] = s[j][e] * (ds[j][e] - delta[e / 2]);
+  }
+  Fragment rounded[4];
+  round_to(rounded, ds);
+  products_fence();
+  add_product(sum, rounded, k);
+  products_commit();
+}
+
 /// A step of keys' gradients: dk_sum += dS^T q, whose products still run when it returns, and
 /// dv_sum += P^T dO. log_sums(j): what is subtracted from the logits, in base 2, of the thread's
 /// columns 8 j + 2 (thread % 4) and the next; deltas: where theirs are for j = 0. free_before() is
