@@ -10,8 +10,9 @@
 // S of a step is started before P V of the step before, which runs while this step's exponentials
 // are computed; the other warpgroups fill what gaps remain. One accumulator of scores and one
 // rounded P suffice for that. D 128 takes two warpgroups of 232 registers: O, S, q and P are 144.
-// D 64 takes three of 160 (O, S and P are 80), which share each copy of K and V, because an
-// exponential for each 4 D = 256 operations keeps their units as busy as the tensor cores.
+// D 64 takes three of 152 (O, S and P are 80), which share each copy of K and V: an exponential for
+// each 4 D = 256 operations makes their units as busy as the tensor cores, and two warpgroups would
+// leave both idle at times.
 //
 // Floor: 4 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
 // 0.25: 5.5e11 operations, 0.56 ms at wgmma's 989 TFLOP/s, 0.9 ms at 600. A step copies 256 D bytes
@@ -22,10 +23,6 @@
 namespace entrain::cuda {
 namespace {
 
-// Sums are scaled to the largest score so far, less a slack that saves most of the rescaling:
-// weights stay below 2^8.
-constexpr float slack = 8;
-
 template <int D>
 struct Forward {
   static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
@@ -35,6 +32,12 @@ struct Forward {
   static constexpr int ring_at = groups * Stages::block_bytes, own_at = ring_at + Stages::bytes;
   static constexpr int shared_bytes = 1024 + own_at + 16;
 };
+
+#ifdef ENTRAIN_HOPPER
+
+// Sums are scaled to the largest score so far, less a slack that saves most of the rescaling:
+// weights stay below 2^8.
+constexpr float slack = 8;
 
 /// The online softmax of a thread's two rows. Each of the four lanes of a row has its own share of
 /// the weights' sum.
@@ -96,6 +99,8 @@ __device__ __forceinline__ void round_weights(Fragment (&to)[4], const float (&s
     for (int i = 0; i < 4; ++i) to[step][i] &= on[i % 2] ? ~0u : 0u;
   }
 }
+
+#endif  // ENTRAIN_HOPPER
 
 template <int D>
 __global__ void __launch_bounds__(Forward<D>::threads, 1)
