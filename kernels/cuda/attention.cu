@@ -174,7 +174,7 @@ void Kernels<Device::cuda>::attention_backward(Tensor q, Tensor k, Tensor v, Ten
                              pointer<uint8_t>(scratch));
     return;
   }
-  if (sparse_attention_takes(p, {q, k, v, o, dout, dq, dk, dv})) {
+  if (sparse_attention_takes(p, {q, k, v, o, dout, dq, dk, dv}, bool(dbias))) {
     sparse_attention_backward(
         p, Rows<bf16>(q), Rows<bf16>(k), Rows<bf16>(v), Rows<bf16>(o), Rows<bf16>(dout),
         pointer<float>(lse), floats,

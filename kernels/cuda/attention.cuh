@@ -81,8 +81,9 @@ void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, c
 
 // attention_sparse_forward.cu: 64 queries or more over blocks of whole tiles of 64 keys, or over
 // all that they see, on Hopper.
-/// Whether it takes a problem of these tensors.
-bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
+/// Whether it takes a problem of these tensors, and whether with dbias.
+bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors,
+                            bool dbias = false);
 void sparse_attention_forward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
                               const Rows<bf16>& v, const Rows<bf16>& o, float* lse);
 // attention_sparse_dq.cu: backward of the same problems.

@@ -38,6 +38,8 @@ struct QueryGradients {
   static constexpr int shared_bytes = 1024 + barriers_at + groups * 8 * 2;
 };
 
+#ifdef ENTRAIN_HOPPER
+
 /// Where a query's sums of dS go, one tile after the other.
 struct BiasGradient {
   float* row;
@@ -63,6 +65,8 @@ __device__ __forceinline__ void store_row_sums(float* to, const float (&ds)[8][4
     if (thread % 4 == 0) to[thread / 32 * 16 + i * 8 + thread % 32 / 4] = sum;
   }
 }
+
+#endif  // ENTRAIN_HOPPER
 
 template <int D>
 __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
