@@ -174,6 +174,13 @@ void Kernels<Device::cuda>::attention_backward(Tensor q, Tensor k, Tensor v, Ten
                              pointer<uint8_t>(scratch));
     return;
   }
+  if (sparse_attention_takes(p, {q, k, v, o, dout, dq, dk, dv}, bool(dbias))) {
+    sparse_attention_backward(
+        p, Rows<bf16>(q), Rows<bf16>(k), Rows<bf16>(v), Rows<bf16>(o), Rows<bf16>(dout),
+        pointer<float>(lse), floats,
+        {Rows<bf16>(dq), Rows<bf16>(dk), Rows<bf16>(dv), pointer<float>(dbias), add_dq});
+    return;
+  }
   by_type(q, [&]<class T>(T) {
     const AttentionGrads<T> grads{Rows<T>(dq), Rows<T>(dk), Rows<T>(dv), pointer<float>(dbias),
                                   add_dq};
@@ -184,12 +191,13 @@ void Kernels<Device::cuda>::attention_backward(Tensor q, Tensor k, Tensor v, Ten
 
 template <>
 int64_t Kernels<Device::cuda>::attention_backward_scratch(Tensor q, Tensor k) {
-  const int64_t delta = ceil_div(q[0] * q[1] * q[2] * 4, 256) * 256;  // f32 [B, Hq, N]
+  int64_t bytes = ceil_div(q[0] * q[1] * q[2] * 4, 256) * 256;  // delta, f32 [B, Hq, N]
   if (k[2] == q[2]) {
     const AttentionProblem p(q, k, {});
-    if (hopper_attention_takes(p, {q, k})) return std::max(delta, query_numbers_scratch(p));
+    if (sparse_attention_takes(p, {q, k})) bytes = std::max(bytes, sparse_attention_scratch(p));
+    if (hopper_attention_takes(p, {q, k})) return std::max(bytes, query_numbers_scratch(p));
   }
-  return std::max(delta, library_scratch(q, k, true));
+  return std::max(bytes, library_scratch(q, k, true));
 }
 
 }  // namespace entrain

@@ -81,10 +81,17 @@ void hopper_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, c
 
 // attention_sparse_forward.cu: 64 queries or more over blocks of whole tiles of 64 keys, or over
 // all that they see, on Hopper.
-/// Whether it takes a problem of these tensors.
-bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);
+/// Whether it takes a problem of these tensors, and whether with dbias.
+bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors,
+                            bool dbias = false);
 void sparse_attention_forward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
                               const Rows<bf16>& v, const Rows<bf16>& o, float* lse);
+// attention_sparse_dq.cu: backward of the same problems.
+/// Bytes of scratch; those of a problem do for others with fewer keys.
+int64_t sparse_attention_scratch(const AttentionProblem& p);
+void sparse_attention_backward(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                               const Rows<bf16>& v, const Rows<bf16>& o, const Rows<bf16>& dout,
+                               const float* lse, float* scratch, const AttentionGrads<bf16>& grads);
 
 // dense_attention.cpp where cuDNN is there, otherwise no_cudnn.cpp, which never takes a problem.
 /// Whether the library takes a problem of these shapes, strides and types: dense() ones in bf16.

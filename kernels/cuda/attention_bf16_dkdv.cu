@@ -13,14 +13,10 @@
 // N 4096, all keys: 5.5e11 operations, 0.89 ms at the 620 TFLOP/s of mma.sync, exponentials
 // 0.30 ms, in part beside the products. Shared memory sets the pace: 4 reads of a step's q or dO by
 // each of 4 warps, 1.2 ms at 128 bytes a clock and multiprocessor.
-#include "kernels/cuda/attention_bf16.cuh"
+#include "kernels/cuda/attending_queries.cuh"
 
 namespace entrain::cuda {
 namespace {
-
-constexpr int step_rows = 64;
-constexpr int scanned = 1024;  // queries whose masks are looked at together
-constexpr int warps = attention_threads / 32;
 
 template <int D>
 struct KeyGradients {
@@ -30,99 +26,8 @@ struct KeyGradients {
     const auto blocks = static_cast<size_t>(p.bias ? blocks_of_tile(p.block) : 0);
     return SharedTile<D>::bytes(2 * key_tile + 4 * step_rows) +
            2 * step_rows * (sizeof(uint64_t) + sizeof(float) * (2 + blocks)) +
-           sizeof(int) * (scanned + step_rows + 32);
+           sizeof(int) * AttendingQueries::ints;
   }
-};
-
-/// The queries that attend a tile of keys, as a list in shared memory.
-class AttendingQueries {
- public:
-  static constexpr int rounds = scanned / attention_threads;
-  static_assert(rounds * warps == 32);
-
-  __device__ AttendingQueries(const AttentionProblem& p, int group, int tile, int* shared)
-      : list_(shared), counts_(shared + scanned + step_rows) {
-    const int64_t key = int64_t{tile} * key_tile;
-    const int64_t last = min(key + key_tile, p.keys) - 1;
-    const int64_t first_block = key / p.block, blocks = last / p.block - first_block + 1;
-    masks_ = p.mask ? p.mask + group * p.N * p.words + first_block / 64 : nullptr;
-    blocks_ = bits_below(static_cast<int>(blocks)) << (first_block % 64);
-    words_ = p.words;
-    begin_ = clamp(p.sight.first_token(key) - p.first, p.N);
-    end_ = clamp(p.sight.last_token(last) - p.first, p.N);
-    all_begin_ = clamp(p.sight.first_token(last) - p.first, p.N);
-    all_end_ = clamp(p.sight.last_token(key) - p.first, p.N);
-    whole_ = !p.mask || p.block % key_tile == 0;
-  }
-
-  __device__ bool more() const { return begin_ < end_; }
-  /// Looks at the next queries. All threads call it, after a barrier that follows the last use of
-  /// the list.
-  __device__ void append() {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    uint32_t votes[rounds];
-#pragma unroll
-    for (int i = 0; i < rounds; ++i) {
-      const int query = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
-      votes[i] = __ballot_sync(0xffffffffu, query < end_ && attends(query));
-      if (lane == 0) counts_[i * warps + warp] = __popc(votes[i]);
-    }
-    __syncthreads();
-    int before = counts_[lane];  // becomes the sum up to here
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int left = __shfl_up_sync(0xffffffffu, before, offset);
-      if (lane >= offset) before += left;
-    }
-#pragma unroll
-    for (int i = 0; i < rounds; ++i) {
-      const int here = __shfl_sync(0xffffffffu, before, i * warps + warp) - __popc(votes[i]);
-      if (votes[i] >> lane & 1) {
-        const int place = count_ + here + __popc(votes[i] & ((1u << lane) - 1));
-        list_[place] = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
-      }
-    }
-    count_ += __shfl_sync(0xffffffffu, before, 31);
-    begin_ += scanned;
-    __syncthreads();
-  }
-  __device__ int count() const {
-    return count_;
-  }
-  __device__ int operator[](int i) const {
-    return list_[i];
-  }
-  /// The tile's word in a query's mask.
-  __device__ uint64_t word(int query) const {
-    return masks_ ? masks_[query * words_] : 0;
-  }
-  /// Whether queries [i, i + count) of the list attend all keys of the tile.
-  __device__ bool whole(int i, int count) const {
-    return whole_ && list_[i] >= all_begin_ && list_[i + count - 1] < all_end_;
-  }
-  /// Forgets the first queries; fewer than step_rows stay. All threads call it, after a barrier.
-  __device__ void drop(int queries) {
-    count_ -= queries;
-    if (static_cast<int>(threadIdx.x) < count_) list_[threadIdx.x] = list_[queries + threadIdx.x];
-  }
-
- private:
-  __device__ static int clamp(int64_t query, int64_t N) {
-    return static_cast<int>(max(int64_t{0}, min(query, N)));
-  }
-  /// Whether the mask of a query that sees the tile has one of its blocks.
-  __device__ bool attends(int query) const {
-    return !masks_ || word(query) & blocks_;
-  }
-
-  int *list_, *counts_;
-  int count_ = 0;
-  int begin_, end_;          // queries not looked at yet that see something of the tile,
-  int all_begin_, all_end_;  // and those that see all of it
-  bool whole_;               // a query that attends a key of the tile attends all that it sees
-  const uint64_t* masks_;    // the word of the tile in the masks of this kv head's queries
-  int64_t words_;
-  uint64_t blocks_;  // of the tile, in that word
 };
 
 template <int D>
@@ -155,8 +60,8 @@ __global__ void __launch_bounds__(attention_threads, D <= 64 ? 3 : 2)
   auto* log_sums = reinterpret_cast<float*>(attended + 2 * step_rows);  // [2, rows]
   auto* deltas = log_sums + 2 * step_rows;                              // [2, rows]
   auto* list = reinterpret_cast<int*>(deltas + 2 * step_rows);
-  auto* biases = reinterpret_cast<float*>(list + scanned + step_rows + 32);  // [2, rows, blocks]
-  AttendingQueries queries(p, group, tile, list);
+  auto* biases = reinterpret_cast<float*>(list + AttendingQueries::ints);  // [2, rows, blocks]
+  AttendingQueries queries(p, group, tile, 0, static_cast<int>(p.N), list);
 
   copy_keys(k_tile, HeadRows(k, b, r), tile, p, wide);
   copy_keys(v_tile, HeadRows(v, b, r), tile, p, wide);

@@ -46,6 +46,14 @@ void hopper_key_gradients(const AttentionProblem& p, const DenseBackward& dense,
                           const Rows<bf16>& q, const Rows<bf16>& k, const Rows<bf16>& v,
                           const Rows<bf16>& dout, const Rows<bf16>& dk, const Rows<bf16>& dv);
 
+/// dk and dv of block-sparse problems: head_dim 64 or 128, groups of 64 heads at most, blocks of
+/// whole tiles of 64 keys where there are masks or biases; attention_sparse_dkdv.cu.
+void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
+                          void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv);
+/// Bytes of its scratch, at a multiple of 16; those of a problem do for others with fewer keys.
+int64_t sparse_key_gradients_scratch(const AttentionProblem& p);
+
 #ifdef __CUDACC__
 
 template <class F>
@@ -164,6 +172,99 @@ __device__ __forceinline__ void add_product(float (&sum)[n][4], const Fragment (
                                             Block other) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) product<true>(sum, a[step], other.columns(step), true);
+}
+
+/// A step of queries' gradients: sum += dS k, whose products still run when it returns. shift(i):
+/// what is added to the logits, in base 2, of the thread's row i of two; delta: theirs.
+/// free_before() is called once the step before has done with its keys, hide(S) once S is known.
+template <int D, bool q_in_registers, bool dout_in_registers, class Shift, class FreeBefore,
+          class Hide>
+__device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], float (&ds)[8][4],
+                                                    const OwnBlock<D, q_in_registers>& q,
+                                                    const OwnBlock<D, dout_in_registers>& dout,
+                                                    Block k, Block v, float scale, Shift shift,
+                                                    const float (&delta)[2], FreeBefore free_before,
+                                                    Hide hide) {
+  float s[8][4];
+  products_fence();
+  q.by_rows(s, k);
+  products_commit();
+  dout.by_rows(ds, v);
+  products_commit();
+  const float shifts[2] = {shift(0), shift(1)};
+  products_wait<1>();
+  pin(s);
+  free_before();
+  hide(s);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[j][e] = power_of_2(fmaf(s[j][e], scale, shifts[e / 2]));
+  }
+  products_wait<0>();
+  pin(ds);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) ds[j][e] = s[j][e] * (ds[j][e] - delta[e / 2]);
+  }
+  Fragment rounded[4];
+  round_to(rounded, ds);
+  products_fence();
+  add_product(sum, rounded, k);
+  products_commit();
+}
+
+/// A step of keys' gradients: dk_sum += dS^T q, whose products still run when it returns, and
+/// dv_sum += P^T dO. log_sums(j): what is subtracted from the logits, in base 2, of the thread's
+/// columns 8 j + 2 (thread % 4) and the next; deltas: where theirs are for j = 0. free_before() is
+/// called once the step before has done with its rows, hide(P) once P is known.
+template <int D, class LogSums, class FreeBefore, class Hide>
+__device__ __forceinline__ void add_key_gradients(float (&dk_sum)[D / 8][4],
+                                                  float (&dv_sum)[D / 8][4],
+                                                  const OwnBlock<D, false>& k,
+                                                  const OwnBlock<D, false>& v, Block q, Block dout,
+                                                  float scale, LogSums log_sums, uint32_t deltas,
+                                                  FreeBefore free_before, Hide hide) {
+  float s[8][4], dp[8][4];
+  Fragment weights[4], ds[4];
+  products_fence();
+  k.by_rows(s, q);
+  products_commit();
+  v.by_rows(dp, dout);
+  products_commit();
+  products_wait<1>();
+  pin(s);
+  free_before();
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 log_sum = log_sums(j);
+    s[j][0] = power_of_2(fmaf(s[j][0], scale, -log_sum.x));
+    s[j][1] = power_of_2(fmaf(s[j][1], scale, -log_sum.y));
+    s[j][2] = power_of_2(fmaf(s[j][2], scale, -log_sum.x));
+    s[j][3] = power_of_2(fmaf(s[j][3], scale, -log_sum.y));
+  }
+  hide(s);
+  round_to(weights, s);
+  products_fence();
+  add_product(dv_sum, weights, dout);
+  products_commit();
+
+  products_wait<D == 64 ? 1 : 0>();  // registers for both weights and ds
+  pin(dp);
+  if constexpr (D > 64) pin(dv_sum);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 delta = load_pair(deltas + 32 * j);
+    dp[j][0] = s[j][0] * (dp[j][0] - delta.x);
+    dp[j][1] = s[j][1] * (dp[j][1] - delta.y);
+    dp[j][2] = s[j][2] * (dp[j][2] - delta.x);
+    dp[j][3] = s[j][3] * (dp[j][3] - delta.y);
+  }
+  round_to(ds, dp);
+  products_fence();
+  add_product(dk_sum, ds, q);
+  products_commit();
 }
 
 /// Writes a warpgroup's sums, its rows starting at `first`, to those of a head.

@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
     own.wait_full();
     const OwnBlock<D, false> k(k_block(mine)), v(v_block(mine));
 
-    float s[8][4], dp[8][4], dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
-    Fragment weights[4], ds[4];
+    float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     pin(dk_sum);
     pin(dv_sum);
     int before = 0, t = block;
@@ -111,56 +110,27 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
     for (int step = 0; step < steps; ++step) {
       const int stage = ring.stage;
       ring.wait_full();
-      products_fence();
-      k.by_rows(s, q_block(stage));
-      products_commit();
-      v.by_rows(dp, dout_block(stage));
-      products_commit();
-      // Columns of this thread: 8 j + 2 (thread % 4) and the next.
       const uint32_t numbers = row_numbers(stage) + thread % 4 * 8;
-      products_wait<1>();
-      pin(s);
-      if (step > 0) warp_arrive(ring.empty(before));
+      add_key_gradients<D>(
+          dk_sum, dv_sum, k, v, q_block(stage), dout_block(stage), scale,
+          [&](int j) { return load_pair(numbers + 32 * j); }, numbers + Shape::row_bytes / 2,
+          [&] {
+            if (step > 0) warp_arrive(ring.empty(before));
+          },
+          [&](float(&weights)[8][4]) {
+            if (t > block + mine) return;
+            // some queries come before some keys
+            const int query = t * block_rows + thread % 4 * 2;
+            const int key =
+                (block + mine) * block_rows + thread % warpgroup / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 log_sum = load_pair(numbers + 32 * j);
-        s[j][0] = power_of_2(fmaf(s[j][0], scale, -log_sum.x));
-        s[j][1] = power_of_2(fmaf(s[j][1], scale, -log_sum.y));
-        s[j][2] = power_of_2(fmaf(s[j][2], scale, -log_sum.x));
-        s[j][3] = power_of_2(fmaf(s[j][3], scale, -log_sum.y));
-      }
-      if (t <= block + mine) {  // some queries come before some keys
-        const int query = t * block_rows + thread % 4 * 2;
-        const int key =
-            (block + mine) * block_rows + thread % warpgroup / 32 * 16 + thread % 32 / 4;
+            for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (query + 8 * j + e % 2 < key + e / 2 * 8) s[j][e] = 0;
-          }
-        }
-      }
-      round_to(weights, s);
-      products_fence();
-      add_product(dv_sum, weights, dout_block(stage));
-      products_commit();
-
-      products_wait<D == 64 ? 1 : 0>();  // registers for both weights and ds
-      pin(dp);
-      if constexpr (D > 64) pin(dv_sum);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 delta = load_pair(numbers + Shape::row_bytes / 2 + 32 * j);
-        dp[j][0] = s[j][0] * (dp[j][0] - delta.x);
-        dp[j][1] = s[j][1] * (dp[j][1] - delta.y);
-        dp[j][2] = s[j][2] * (dp[j][2] - delta.x);
-        dp[j][3] = s[j][3] * (dp[j][3] - delta.y);
-      }
-      round_to(ds, dp);
-      products_fence();
-      add_product(dk_sum, ds, q_block(stage));
-      products_commit();
+              for (int e = 0; e < 4; ++e) {
+                if (query + 8 * j + e % 2 < key + e / 2 * 8) weights[j][e] = 0;
+              }
+            }
+          });
       before = stage;
       ring.next();
       if (++t == p.blocks) t = block;

@@ -92,51 +92,31 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     const OwnBlock<D, in_registers> q(q_block(mine)), dout(dout_block(mine));
     if constexpr (in_registers) warp_arrive(own.empty(0));
 
-    float s[8][4], dp[8][4], sum[D / 8][4] = {};
-    Fragment ds[4];
+    float ds[8][4], sum[D / 8][4] = {};
     pin(sum);
     int before = 0;
 #pragma unroll 1
     for (int t = 0; t < end; ++t) {
       const int stage = ring.stage;
       ring.wait_full();
-      products_fence();
-      q.by_rows(s, k_block(stage));
-      products_commit();
-      dout.by_rows(dp, v_block(stage));
-      products_commit();
-
-      products_wait<1>();
-      pin(s);
-      if (t > 0) warp_arrive(ring.empty(before));
+      add_query_gradients(
+          sum, ds, q, dout, k_block(stage), v_block(stage), scale,
+          [&](int i) { return -log_sum[i]; }, delta,
+          [&] {
+            if (t > 0) warp_arrive(ring.empty(before));
+          },
+          [&](float(&s)[8][4]) {
+            if (t < block) return;
+            // some keys come after some queries
+            const int key = t * block_rows + thread % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+            for (int j = 0; j < 8; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          s[j][e] = power_of_2(fmaf(s[j][e], scale, -log_sum[e / 2]));
-        }
-      }
-      if (t >= block) {  // some keys come after some queries
-        const int key = t * block_rows + thread % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (key + 8 * j + e % 2 > query + e / 2 * 8) s[j][e] = 0;
-          }
-        }
-      }
-      products_wait<0>();
-      pin(dp);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) dp[j][e] = s[j][e] * (dp[j][e] - delta[e / 2]);
-      }
-      round_to(ds, dp);
-      products_fence();
-      add_product(sum, ds, k_block(stage));
-      products_commit();
+              for (int e = 0; e < 4; ++e) {
+                if (key + 8 * j + e % 2 > query + e / 2 * 8) s[j][e] = -INFINITY;
+              }
+            }
+          });
       before = stage;
       ring.next();
     }

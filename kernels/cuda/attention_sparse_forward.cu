@@ -251,8 +251,9 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
 
 }  // namespace
 
-bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors) {
-  const bool whole_tiles = (!p.mask && !p.bias) || p.block % key_tile == 0;
+bool sparse_attention_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors,
+                            bool dbias) {
+  const bool whole_tiles = (!p.mask && !p.bias && !dbias) || p.block % key_tile == 0;
   return hopper_takes(p, tensors) && whole_tiles && p.g <= block_rows && p.N >= block_rows &&
          p.keys > 0;
 }

@@ -92,6 +92,11 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
       : "memory");
 }
 
+/// Until all threads of this warpgroup, the thread block's number `which`, are here.
+__device__ __forceinline__ void warpgroup_sync(int which) {
+  asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "n"(warpgroup) : "memory");
+}
+
 /// Sets this warpgroup's registers per thread, which the kernel's launch bounds must allow for.
 template <int count>
 __device__ __forceinline__ void more_registers() {

@@ -65,6 +65,11 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// A barrier, of 16 that a thread block has, for some of its warps. 0 is __syncthreads()'s.
+__device__ __forceinline__ void meet(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 /// 2^x
 __device__ __forceinline__ float power_of_2(float x) {
   float y;

@@ -1,0 +1,109 @@
+#pragma once
+// The queries that attend a tile of keys, as a list in shared memory: how kernels that go through
+// the queries, for dk and dv, gather them from the masks (attention_bf16_dkdv.cu,
+// attention_sparse_dkdv.cu). The first 4 warps of a thread block find them, in ascending order.
+#include "kernels/cuda/attention_bf16.cuh"
+
+namespace entrain::cuda {
+
+constexpr int step_rows = 64;  // of queries and heads; a list is read in such steps
+constexpr int scanned = 1024;  // queries whose masks are looked at together
+
+class AttendingQueries {
+ public:
+  static constexpr int ints = scanned + step_rows + 32;  // of shared memory
+
+  /// Of queries [begin, end) of a kv head of the batch's.
+  __device__ AttendingQueries(const AttentionProblem& p, int group, int tile, int begin, int end,
+                              int* shared)
+      : list_(shared), counts_(shared + scanned + step_rows) {
+    const int64_t key = int64_t{tile} * key_tile;
+    const int64_t last = min(key + key_tile, p.keys) - 1;
+    const int64_t first_block = key / p.block, blocks = last / p.block - first_block + 1;
+    masks_ = p.mask ? p.mask + group * p.N * p.words + first_block / 64 : nullptr;
+    blocks_ = bits_below(static_cast<int>(blocks)) << (first_block % 64);
+    words_ = p.words;
+    const auto within = [&](int64_t token) {
+      return static_cast<int>(max(int64_t{begin}, min(token - p.first, int64_t{end})));
+    };
+    begin_ = within(p.sight.first_token(key));
+    end_ = within(p.sight.last_token(last));
+    all_begin_ = within(p.sight.first_token(last));
+    all_end_ = within(p.sight.last_token(key));
+    whole_ = !p.mask || p.block % key_tile == 0;
+  }
+
+  __device__ bool more() const { return begin_ < end_; }
+  /// Looks at the next queries. All threads call it, after a barrier that follows the last use of
+  /// the list.
+  __device__ void append() {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    uint32_t votes[rounds];
+#pragma unroll
+    for (int i = 0; i < rounds; ++i) {
+      const int query = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
+      votes[i] = __ballot_sync(0xffffffffu, query < end_ && attends(query));
+      if (lane == 0) counts_[i * warps + warp] = __popc(votes[i]);
+    }
+    meet();
+    int before = counts_[lane];  // becomes the sum up to here
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int left = __shfl_up_sync(0xffffffffu, before, offset);
+      if (lane >= offset) before += left;
+    }
+#pragma unroll
+    for (int i = 0; i < rounds; ++i) {
+      const int here = __shfl_sync(0xffffffffu, before, i * warps + warp) - __popc(votes[i]);
+      if (votes[i] >> lane & 1) {
+        const int place = count_ + here + __popc(votes[i] & ((1u << lane) - 1));
+        list_[place] = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
+      }
+    }
+    count_ += __shfl_sync(0xffffffffu, before, 31);
+    begin_ += scanned;
+    meet();
+  }
+  __device__ int count() const {
+    return count_;
+  }
+  __device__ int operator[](int i) const {
+    return list_[i];
+  }
+  /// The tile's word in a query's mask.
+  __device__ uint64_t word(int query) const {
+    return masks_ ? masks_[query * words_] : 0;
+  }
+  /// Whether queries [i, i + count) of the list attend all keys of the tile.
+  __device__ bool whole(int i, int count) const {
+    return whole_ && list_[i] >= all_begin_ && list_[i + count - 1] < all_end_;
+  }
+  /// Forgets the first queries; fewer than step_rows stay. All threads call it, after a barrier.
+  __device__ void drop(int queries) {
+    count_ -= queries;
+    if (static_cast<int>(threadIdx.x) < count_) list_[threadIdx.x] = list_[queries + threadIdx.x];
+  }
+
+ private:
+  static constexpr int rounds = scanned / attention_threads, warps = attention_threads / 32;
+  static_assert(rounds * warps == 32);
+
+  __device__ static void meet() {
+    cuda::meet(1, attention_threads);
+  }
+  /// Whether the mask of a query that sees the tile has one of its blocks.
+  __device__ bool attends(int query) const {
+    return !masks_ || word(query) & blocks_;
+  }
+
+  int *list_, *counts_;
+  int count_ = 0;
+  int begin_, end_;          // queries not looked at yet that see something of the tile,
+  int all_begin_, all_end_;  // and those that see all of it
+  bool whole_;               // a query that attends a key of the tile attends all that it sees
+  const uint64_t* masks_;    // the word of the tile in the masks of this kv head's queries
+  int64_t words_;
+  uint64_t blocks_;  // of the tile, in that word
+};
+
+}  // namespace entrain::cuda

@@ -1,0 +1,244 @@
+// Block-sparse attention in bf16 on Hopper, backward, first half: dq = dS K / sqrt(D), and dbias,
+// the sums of dS over a block's keys and a group's heads.
+//
+// Items, steps and the ring of K and V are attention_sparse.cuh's; a warpgroup has 64 rows, and a
+// thread block three of them where D is 64, two where D is 128. A step is the dense engine's
+// (attention_hopper_dq.cu): dS is the left operand of dq += dS K where S and dP leave it, and
+// nothing but K and V passes through shared memory. While that product runs, dS is summed for
+// dbias: over a row by its four lanes, over the rows of a query, which are all in one warpgroup, by
+// one thread through shared memory. It writes the query's sums, those of a block of several tiles
+// in the tiles' order.
+//
+// Four warps copy: one the keys, and one for each warpgroup its q and dO, as soon as it has done
+// with those of its item before, while other warpgroups may still be at theirs. q is held in
+// registers where D is 128; dO and, where D is 64, q are read from shared memory, since sums,
+// scores and rounded dS leave no more registers. What the copying warps know of an item is spilled
+// in part: a few words are read back in a step, ahead of the products; these spill nothing.
+//
+// Floor: 6 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
+// 0.125: 4.1e11 operations, 0.42 ms at wgmma's 989 TFLOP/s, 0.69 ms at 600. A step copies 256 D
+// bytes: 32 KB, 1370 clocks at the second-level cache's 24 bytes each, beside products of 1540
+// clocks where both warpgroups attend the tile and of 770 where one does.
+#include "kernels/cuda/attention_sparse.cuh"
+
+namespace entrain::cuda {
+namespace {
+
+template <int D>
+struct QueryGradients {
+  static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
+  static constexpr int stages = D == 64 ? 8 : 4;
+  using Ring = SparseRing<D, groups, stages>;
+
+  // Own blocks come first, then the ring, its sums of dS and barriers for each warpgroup's blocks.
+  static constexpr int own_bytes = 2 * groups * Ring::block_bytes;
+  static constexpr int sums_at = own_bytes + Ring::bytes;
+  static constexpr int sums_bytes = stages * groups * block_rows * 4;
+  static constexpr int barriers_at = sums_at + sums_bytes;
+  static constexpr int shared_bytes = 1024 + barriers_at + groups * 8 * 2;
+};
+
+#ifdef ENTRAIN_HOPPER
+
+/// Where a query's sums of dS go, one tile after the other.
+struct BiasGradient {
+  float* row;
+  int block = -1;
+  float sum = 0;
+
+  __device__ void add(int to, float x) {
+    sum = to == block ? sum + x : x;
+    block = to;
+    row[block] = sum;
+  }
+};
+
+/// Leaves the sums of a warpgroup's rows.
+__device__ __forceinline__ void store_row_sums(float* to, const float (&ds)[8][4]) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += ds[j][2 * i] + ds[j][2 * i + 1];
+    sum = quad_sum(sum);
+    if (thread % 4 == 0) to[thread / 32 * 16 + i * 8 + thread % 32 / 4] = sum;
+  }
+}
+
+#endif  // ENTRAIN_HOPPER
+
+template <int D>
+__global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
+    query_gradients(const __grid_constant__ CUtensorMap q_map,
+                    const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map,
+                    const __grid_constant__ CUtensorMap dout_map,
+                    const __grid_constant__ AttentionProblem p, const PackedRows pack,
+                    const QueryNumbers numbers, int padded, float scale, const Rows<bf16> dq,
+                    bool add_dq, float* dbias, int64_t dbias_blocks) {
+#ifdef ENTRAIN_HOPPER
+  using Shape = QueryGradients<D>;
+  constexpr int groups = Shape::groups;
+  const auto thread = static_cast<int>(threadIdx.x);
+  char* shared = dynamic_shared();
+  shared += -shared_address(shared) % 1024;
+  const uint32_t own_blocks = shared_address(shared);
+  const auto q_block = [&](int i) { return Block{own_blocks + 2 * i * Shape::Ring::block_bytes}; };
+  const auto dout_block = [&](int i) {
+    return Block{q_block(i).address + Shape::Ring::block_bytes};
+  };
+  typename Shape::Ring ring(shared + Shape::own_bytes);
+  auto* sums = reinterpret_cast<float*>(shared + Shape::sums_at);
+  // Of a warpgroup's own blocks, which are filled anew while others still use theirs.
+  const auto own_ring = [&](int i) { return Ring<1>{own_blocks + Shape::barriers_at + 16 * i}; };
+  if (thread == 0) {
+    ring.init(p);
+    for (int i = 0; i < groups; ++i) Ring<1>::init(own_ring(i).barriers, 4);
+    barrier_init_done();
+  }
+  // Rows of no query are never copied, but take part in products.
+  for (int x = thread * 16; x < Shape::own_bytes; x += Shape::threads * 16) {
+    *reinterpret_cast<uint4*>(shared + x) = uint4{};
+  }
+  show_to_engines();
+  __syncthreads();
+
+  const int queries = groups * pack.queries;
+  const auto items = static_cast<int>(SparseItem::items(p, queries));
+
+  if (thread / warpgroup == groups) {
+    fewer_registers<groups == 3 ? 56 : 40>();
+    const int warp = thread % warpgroup / 32;
+    if (warp < groups && thread % 32 == 0) {
+      Ring<1> own = own_ring(warp);
+      for_items(items, [&](int number) {
+        const SparseItem item(p, queries, number);
+        const int first = item.first + warp * pack.queries;
+        own.wait_empty();
+        barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
+        copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
+        copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
+        own.next();
+      });
+    }
+    if (warp == 3) {
+      for_items(items, [&](int number) {
+        ring.fill(p, queries, SparseItem(p, queries, number), k_map, v_map);
+      });
+    }
+    return;
+  }
+
+  more_registers<groups == 3 ? 152 : 232>();
+  const int mine = thread / warpgroup, rank = thread % warpgroup;
+  Ring<1> own = own_ring(mine);
+  for_items(items, [&](int number) {
+    const SparseItem item(p, queries, number);
+    const int first = mine * pack.queries;  // of the item
+    const OwnRows rows(p, pack, item.first + first);
+    float log_sum[2], delta[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t head = item.b * p.Hq + item.r * p.g + rows.head[i];
+      const int64_t row = head * padded + rows.first + rows.query[i];
+      log_sum[i] = rows.has[i] ? numbers.log_sums[row] : INFINITY;
+      delta[i] = rows.has[i] ? numbers.deltas[row] : 0;
+    }
+    BiasGradient gradient{dbias + (item.index(p) + first + rank) * dbias_blocks};
+    own.wait_full();
+    const OwnBlock<D, (D > 64)> q(q_block(mine));
+    const OwnBlock<D, false> dout(dout_block(mine));
+
+    float ds[8][4], sum[D / 8][4] = {};
+    pin(sum);
+    int before = -1;  // the stage whose keys the last product may still read
+    const auto finish = [&] {
+      products_wait<0>();
+      pin(sum);
+      if (before >= 0) warp_arrive(ring.empty(before));
+      before = -1;
+    };
+#pragma unroll 1
+    for (;; ring.next()) {
+      const int stage = ring.stage;
+      ring.wait_full();
+      const SparseStep<groups>& step = ring.step();
+      const int tile = step.tile;
+      const uint64_t attending = step.attending[mine];
+      if (__any_sync(~0u, tile < 0)) break;
+      if (!__any_sync(~0u, attending != 0)) {
+        finish();  // lest the ring waits for that stage while this waits for the ring
+        warp_arrive(ring.empty(stage));
+        continue;
+      }
+      add_query_gradients(
+          sum, ds, q, dout, ring.k(stage), ring.v(stage), scale * log2_e,
+          [&](int i) {
+            if (!(attending >> rows.query[i] & 1)) return -INFINITY;
+            return (p.bias ? step.bias[first + rows.query[i]] * log2_e : 0) - log_sum[i];
+          },
+          delta,
+          [&] {
+            if (before >= 0) warp_arrive(ring.empty(before));
+          },
+          [&](float(&s)[8][4]) { rows.hide_unseen(s, tile); });
+      before = stage;
+
+      if (!dbias) continue;
+      // Each stage has its own sums: who writes them next has waited for who reads them here.
+      float* of_rows = sums + (stage * groups + mine) * block_rows;
+      store_row_sums(of_rows, ds);
+      warpgroup_sync(mine);
+      if (rank < pack.queries && attending >> rank & 1) {
+        float of_query = 0;
+        for (int h = 0; h < pack.heads; ++h) of_query += of_rows[rank * pack.heads + h];
+        gradient.add(tile * key_tile / static_cast<int>(p.block), of_query);
+      }
+    }
+    finish();
+    warp_arrive(ring.empty(ring.stage));  // that told of the end
+    ring.next();
+    warp_arrive(own.empty(0));
+    own.next();
+    rows.store(sum, {scale, scale}, dq, p, item, add_dq);
+  });
+#endif
+}
+
+}  // namespace
+
+int64_t sparse_attention_scratch(const AttentionProblem& p) {
+  return query_numbers_scratch(p) + sparse_key_gradients_scratch(p);
+}
+
+void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>& q,
+                               const Rows<bf16>& k, const Rows<bf16>& v, const Rows<bf16>& o,
+                               const Rows<bf16>& dout, const float* lse, float* scratch,
+                               const AttentionGrads<bf16>& grads) {
+  const AttentionProblem p = check_sizes(problem);
+  const QueryNumbers numbers = query_numbers(p, o, dout, lse, scratch);
+  if (grads.dbias) {
+    const auto bytes = static_cast<size_t>(p.B * p.Hkv * p.N * p.blocks()) * sizeof(float);
+    check(cudaMemsetAsync(grads.dbias, 0, bytes, stream()), "attention_backward: dbias");
+  }
+  const PackedRows pack(p.g, block_rows);
+  const auto queries = [&](const Rows<bf16>& x) {
+    return packed_map(x, p.B, p.Hq, p.N, p.D, pack.heads, pack.queries);
+  };
+  const auto keys = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hkv, p.keys, p.D); };
+  by_dense_head_dim(p.D, [&](auto D) {
+    using Shape = QueryGradients<D>;
+    const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
+    launch("attention_backward: dq", query_gradients<D>,
+           std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes,
+           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers,
+           static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq, grads.dbias,
+           p.blocks());
+  });
+  sparse_key_gradients(p, q, k, v, dout, numbers,
+                       reinterpret_cast<char*>(scratch) + query_numbers_scratch(p), grads.dk,
+                       grads.dv);
+}
+
+}  // namespace entrain::cuda
