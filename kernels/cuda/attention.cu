@@ -1,7 +1,7 @@
 // Attention over blocks of keys: which kernel computes a problem, and the counters of what it read.
 // Plain causal attention in bf16 goes to the library where there is one, its backward pass on
-// Hopper to kernels for that GPU, everything else to those for any problem, attention_bf16_*.cu and
-// attention_f32.cu.
+// Hopper to kernels for that GPU, a few queries in bf16 to attention_decode.cu, everything else to
+// kernels for any problem, attention_bf16_*.cu and attention_f32.cu.
 #include <cmath>
 #include <limits>
 
@@ -134,7 +134,7 @@ void Kernels<Device::cuda>::attention(Tensor q, Tensor k, Tensor v, const BlockS
   if (p.B * p.Hq * p.N == 0) return;
   if (scratch && library_takes(p, q, k)) {
     dense_attention(p, q, k, v, o, pointer<float>(lse), pointer<uint8_t>(scratch));
-  } else {
+  } else if (!attention_decode(p, q, k, v, o, pointer<float>(lse))) {
     by_type(q, [&]<class T>(T) {
       attention_forward(p, Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(o), pointer<float>(lse));
     });

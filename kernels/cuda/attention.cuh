@@ -64,6 +64,11 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
                         Rows<bf16> o, Rows<bf16> dout, const float* lse, float* delta,
                         const AttentionGrads<bf16>& grads);
 
+// attention_decode.cu
+/// Whether it computed the problem: few queries, in bf16, over any keys or over blocks of 64.
+bool attention_decode(const AttentionProblem& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Tensor& o, float* lse);
+
 // attention_hopper_dq.cu: backward of dense() problems in bf16, head_dim 64 or 128, on Hopper.
 /// Whether it takes a problem of these tensors; what it has checked of them holds for others that
 /// lie alike.
