@@ -57,8 +57,9 @@ class AttendedTiles {
     const int begin = seen_by(p, queries.first).begin / key_tile;
     const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
     for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
+      const bool choose = masked_ && w < static_cast<int>(p.words);
       uint64_t any = masked_ ? 0 : ~uint64_t{0};
-      for (int i = 0; masked_ && i < queries.count; ++i) {
+      for (int i = 0; choose && i < queries.count; ++i) {
         const uint64_t bits = p.mask[(queries.index(p) + i) * p.words + w];
         any_[(1 + i) * words_ + w] = bits;
         any |= bits;
@@ -67,10 +68,11 @@ class AttendedTiles {
     }
   }
 
+  /// All lanes of a warp call it.
   __device__ int count() const {
     int sum = 0;
-    for (int w = 0; w < words_; ++w) sum += __popcll(any_[w]);
-    return sum;
+    for (int w = static_cast<int>(threadIdx.x) % 32; w < words_; w += 32) sum += __popcll(any_[w]);
+    return __reduce_add_sync(0xffffffffu, sum);
   }
   /// Whether a query's mask, where there is one, has a tile.
   __device__ bool of(int query, int tile) const {
@@ -81,7 +83,7 @@ class AttendedTiles {
   class Walk {
    public:
     __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_), word_(0) {
-      for (; n >= __popcll(any_[word_]); ++word_) n -= __popcll(any_[word_]);
+      for (; n > 0 && n >= __popcll(any_[word_]); ++word_) n -= __popcll(any_[word_]);
       for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
     }
     __device__ int next() {
@@ -99,7 +101,7 @@ class AttendedTiles {
 
  private:
   __host__ __device__ static int64_t words_of(const AttentionProblem& p) {
-    return (p.keys + 64 * key_tile - 1) / (64 * key_tile);
+    return p.keys / (64 * key_tile) + 1;
   }
 
   bool masked_;
@@ -107,6 +109,7 @@ class AttendedTiles {
   uint64_t* any_;
 };
 
+/// Shared memory: q, Small, the warps' rings, AttendedTiles.
 template <int D, int slabs>
 struct Decode {
   static constexpr int rows = 16 * slabs;
@@ -114,10 +117,14 @@ struct Decode {
   static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
   static constexpr size_t ring_bytes = stages * place_bytes;
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
-  static constexpr size_t static_bytes = 2048;  // at most
 
+  struct Small {
+    RowWeight weights[warps * rows];
+    float biases[warps][stages][most_queries];
+  };
   static size_t shared_bytes(const AttentionProblem& p) {
-    return SharedTile<D>::bytes(rows) + warps * ring_bytes + AttendedTiles::bytes(p);
+    return SharedTile<D>::bytes(rows) + sizeof(Small) + warps * ring_bytes +
+           AttendedTiles::bytes(p);
   }
 };
 
@@ -234,7 +241,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   char* shared = dynamic_shared();
   const SharedTile<D> q_tile{shared_address(shared)};
-  char* rings = shared + SharedTile<D>::bytes(rows);
+  auto& [weights, biases] = *reinterpret_cast<Shape::Small*>(shared + SharedTile<D>::bytes(rows));
+  char* rings = shared + SharedTile<D>::bytes(rows) + sizeof(typename Shape::Small);
   const uint32_t ring = shared_address(rings + warp * Shape::ring_bytes);
   const auto k_tile = [&](int place) {
     return SharedTile<D>{ring + place * static_cast<uint32_t>(Shape::place_bytes)};
@@ -243,8 +251,6 @@ __global__ void __launch_bounds__(attention_threads, 2)
     return SharedTile<D>{k_tile(place).address +
                          static_cast<uint32_t>(SharedTile<D>::bytes(warp_keys))};
   };
-  __shared__ float biases[warps][stages][most_queries];
-  __shared__ RowWeight weights[warps * rows];
 
   const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
   __syncthreads();
@@ -373,15 +379,12 @@ __global__ void __launch_bounds__(attention_threads, 2)
   });
   if (splits == 1) return;
 
-  __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&splits_done[group], 1) == static_cast<unsigned>(splits) - 1;
-    if (last) splits_done[group] = 0;
-  }
-  __syncthreads();
+  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(&splits_done[group], 1) ==
+                                                             static_cast<unsigned>(splits) - 1);
   if (!last) return;
+  if (threadIdx.x == 0) splits_done[group] = 0;
   __threadfence();
   merge_splits<D, rows>(output, first_part, splits, reinterpret_cast<RowWeight*>(rings));
 }
@@ -392,8 +395,7 @@ bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
             const Rows<bf16>& v, const Rows<bf16>& o, float* lse) {
   using Shape = Decode<D, slabs>;
   const size_t bytes = Shape::shared_bytes(p);
-  if (bytes + Shape::static_bytes > static_cast<size_t>(SharedMemory::of_device().most))
-    return false;
+  if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
   const PackedRows pack(p.g, Shape::rows);
   const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
   const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
