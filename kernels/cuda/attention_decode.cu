@@ -229,6 +229,40 @@ __device__ void merge_splits(const Output& output, int first, int splits, RowWei
   });
 }
 
+/// Leaves the warps' weights [warps, rows] and, once all threads are here, in the place of rings
+/// their sums [warps, rows, sum_step], scaled alike. A barrier must follow.
+template <int D, int slabs>
+__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
+                                           RowWeight (&weight)[slabs][2], RowWeight* weights,
+                                           float* warp_sums) {
+  using Shape = Decode<D, slabs>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weight[m][i].sum = quad_sum(weight[m][i].sum);
+      if (lane % 4 == 0) weights[warp * Shape::rows + 16 * m + 8 * i + lane / 4] = weight[m][i];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 16 * m + 8 * i + lane / 4;
+      const float top = merge<Shape::rows>(weights, warps, row).top;
+      const float factor = rescale(weight[m][i].top, top);
+      float* to = warp_sums + (warp * Shape::rows + row) * Shape::sum_step + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        *reinterpret_cast<float2*>(to + 8 * j) =
+            make_float2(sums[m][j][2 * i] * factor, sums[m][j][2 * i + 1] * factor);
+      }
+    }
+  }
+}
+
 template <int D, int slabs>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
@@ -334,31 +368,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
     place = place == stages - 1 ? 0 : place + 1;
   }
 
-  // The warps' sums, scaled alike, take the place of the rings.
-#pragma unroll
-  for (int m = 0; m < slabs; ++m) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      weight[m][i].sum = quad_sum(weight[m][i].sum);
-      if (lane % 4 == 0) weights[warp * rows + 16 * m + 8 * i + lane / 4] = weight[m][i];
-    }
-  }
-  __syncthreads();
-  auto* warp_sums = reinterpret_cast<float*>(rings);  // [warps, rows, sum_step]
-#pragma unroll
-  for (int m = 0; m < slabs; ++m) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = 16 * m + 8 * i + lane / 4;
-      const float factor = rescale(weight[m][i].top, merge<rows>(weights, warps, row).top);
-      float* to = warp_sums + (warp * rows + row) * Shape::sum_step + lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        *reinterpret_cast<float2*>(to + 8 * j) =
-            make_float2(sums[m][j][2 * i] * factor, sums[m][j][2 * i + 1] * factor);
-      }
-    }
-  }
+  auto* warp_sums = reinterpret_cast<float*>(rings);
+  leave_sums<D, slabs>(sums, weight, weights, warp_sums);
   __syncthreads();
 
   const Output output{p, queries, queries.heads(o), lse};
