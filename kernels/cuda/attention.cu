@@ -1,8 +1,8 @@
 // Attention over blocks of keys: which kernel computes a problem, and the counters of what it read.
 // Plain causal attention in bf16 goes to the library where there is one, its backward pass on
 // Hopper to kernels for that GPU (attention_hopper_*.cu), as does attention over blocks of whole
-// tiles (attention_sparse_*.cu); everything else to those for any problem, attention_bf16_*.cu and
-// attention_f32.cu.
+// tiles (attention_sparse_*.cu); a few queries in bf16 go to attention_decode.cu, everything else
+// to kernels for any problem, attention_bf16_*.cu and attention_f32.cu.
 #include <cmath>
 #include <limits>
 
@@ -138,7 +138,7 @@ void Kernels<Device::cuda>::attention(Tensor q, Tensor k, Tensor v, const BlockS
   } else if (sparse_attention_takes(p, {q, k, v, o})) {
     sparse_attention_forward(p, Rows<bf16>(q), Rows<bf16>(k), Rows<bf16>(v), Rows<bf16>(o),
                              pointer<float>(lse));
-  } else {
+  } else if (!attention_decode(p, q, k, v, o, pointer<float>(lse))) {
     by_type(q, [&]<class T>(T) {
       attention_forward(p, Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(o), pointer<float>(lse));
     });

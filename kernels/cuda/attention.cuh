@@ -66,6 +66,11 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
                         Rows<bf16> o, Rows<bf16> dout, const float* lse, float* delta,
                         const AttentionGrads<bf16>& grads);
 
+// attention_decode.cu
+/// Whether it computed the problem: few queries, in bf16, over any keys or over blocks of 64.
+bool attention_decode(const AttentionProblem& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                      const Tensor& o, float* lse);
+
 /// Whether this is Hopper and the tensors are bf16, of head_dim 64 or 128, and lie as its copy
 /// engine wants it; what has been checked of them holds for others that lie alike.
 bool hopper_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors);

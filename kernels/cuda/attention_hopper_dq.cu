@@ -133,11 +133,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
 }  // namespace
 
 bool hopper_takes(const AttentionProblem& p, std::initializer_list<Tensor> tensors) {
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
-  bool takes = (p.D == 64 || p.D == 128) && major == 9 && minor == 0;
+  bool takes = (p.D == 64 || p.D == 128) && on_hopper();
   for (const Tensor& x : tensors) {
     const int64_t steps = x.stride[0] | x.stride[1] | x.stride[2];
     takes = takes && x.dtype == DType::bf16 && x.stride[3] == 1 && steps % 8 == 0 &&

@@ -142,7 +142,9 @@ template <>
 void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing,
                                        Tensor tau, const BlockSet& blocks, Tensor weights, Tensor,
                                        Tensor read) const {
-  if (q.numel() == 0 || route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
+  if (q.numel() == 0) return;
+  if (route_decode(q, kbar, routing, tau, blocks, weights, read)) return;
+  if (route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
   const RouteShape s = route_shape(q, kbar, routing, blocks.first);
   const auto grid = static_cast<unsigned>(s.tiles() * s.B * s.Hkv);
   auto* mask = reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask));

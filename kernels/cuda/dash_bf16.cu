@@ -16,14 +16,6 @@ namespace {
 
 constexpr int row_tiles = 6;  // a tile has 96 rows, which read the summaries once from L2
 
-struct RouteOutput {
-  double* tau;
-  uint32_t* mask;
-  int64_t half_words;  // of a row of the mask
-  float *bias, *weights;
-  double* read;
-};
-
 template <class Entmax>
 __device__ void find_thresholds(const Bf16RouteTile& tile, const Entmax& entmax) {
   tile.for_rows([&](int row) {
@@ -109,12 +101,9 @@ bool route_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                 const BlockSet& blocks, const Tensor& weights, const Tensor& read) {
   const Bf16RouteShape s = bf16_route_shape(q, kbar, routing, blocks.first, row_tiles, false);
   if (s.bytes == 0) return false;
-  const RouteOutput out{
-      pointer<double>(tau),    reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask)),
-      2 * blocks.mask[3],      pointer<float>(blocks.bias),
-      pointer<float>(weights), pointer<double>(read)};
   launch("route", route, s.tiles() * s.B * s.Hkv, bf16_threads, static_cast<size_t>(s.bytes),
-         bf16_route_problem(s, q, kbar, routing, blocks.first), out);
+         bf16_route_problem(s, q, kbar, routing, blocks.first),
+         RouteOutput(tau, blocks, weights, read));
   return true;
 }
 

@@ -9,6 +9,11 @@ namespace entrain::cuda {
 bool route_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing, const Tensor& tau,
                 const BlockSet& blocks, const Tensor& weights, const Tensor& read);
 
+/// Whether it routed: a few queries, on Hopper, as while decoding; route_decode.cu.
+bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+                  const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
+                  const Tensor& read);
+
 /// Whether it did. scratch: f32 [B, Hkv, parts, M, D].
 bool route_backward_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                          const Tensor& tau, const Tensor& dbias, const Tensor& dq_sum,

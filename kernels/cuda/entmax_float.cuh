@@ -3,7 +3,8 @@
 // same in double, kernels/cpu/entmax.h has the mathematics.
 //
 // A row holds a = (alpha - 1) (z - max z), or z - max z for alpha = 1, and -infinity from its last
-// entry up to a multiple of four: eight lanes share it, four neighbouring entries each at a time.
+// entry up to a multiple of four: eight lanes share it, or more, four neighbouring entries each at
+// a time.
 #include "kernels/cuda/entmax_row.cuh"
 
 namespace entrain::cuda {
@@ -11,23 +12,25 @@ namespace entrain::cuda {
 constexpr int row_lanes = 8;
 
 /// Calls f(four entries, their first column) for a lane's entries of the first n of a row.
-template <class F>
+template <int width = row_lanes, class F>
 __device__ __forceinline__ void for_fours(float* row, int n, F f) {
 #pragma unroll 2
-  for (int c = 4 * (threadIdx.x % row_lanes); c < n; c += 4 * row_lanes) {
+  for (int c = 4 * (threadIdx.x % width); c < n; c += 4 * width) {
     f(*reinterpret_cast<float4*>(row + c), c);
   }
 }
 
-/// Shifts a row so that the largest entry is 0, whatever NaN there is.
-__device__ inline void shift_row(float* row, int n) {
+/// Shifts a row so that the largest entry, which it returns, is 0, whatever NaN there is.
+template <int width = row_lanes>
+__device__ inline float shift_row(float* row, int n) {
   float top = -INFINITY;
-  for_fours(row, n, [&](const float4& a, int) {
+  for_fours<width>(row, n, [&](const float4& a, int) {
     top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
   });
-  top = Lanes(row_lanes).max(top);
-  for_fours(row, n,
-            [&](float4& a, int) { a = make_float4(a.x - top, a.y - top, a.z - top, a.w - top); });
+  top = Lanes(width).max(top);
+  for_fours<width>(
+      row, n, [&](float4& a, int) { a = make_float4(a.x - top, a.y - top, a.z - top, a.w - top); });
+  return top;
 }
 
 /// What p is of d = a - tau: p = d^r, r = 1 / (alpha - 1), so that loops are written once and run
@@ -65,11 +68,12 @@ struct FloatEntmax {
   }
 
   /// The threshold of a shifted row; all lanes of a warp together.
+  template <int width = row_lanes>
   __device__ float threshold(float* row, int n) const {
-    const Lanes lanes(row_lanes);
+    const Lanes lanes(width);
     if (curve == Curve::exponential) {
       float sum = 0;
-      for_fours(row, n, [&](const float4& a, int) {
+      for_fours<width>(row, n, [&](const float4& a, int) {
         sum += expf(a.x) + expf(a.y) + (expf(a.z) + expf(a.w));
       });
       return logf(lanes.sum(sum));
@@ -78,7 +82,7 @@ struct FloatEntmax {
     bool moves = n > 0;
     for (int step = 0; step < 100 && __any_sync(0xffffffffu, moves); ++step) {
       float f = 0, df = 0, f2 = 0, df2 = 0;  // sums of d^r and of d^(r-1)
-      for_fours(row, moves ? n : 0, [&](const float4& a, int) {
+      for_fours<width>(row, moves ? n : 0, [&](const float4& a, int) {
         add(a.x - t, f, df);
         add(a.y - t, f2, df2);
         add(a.z - t, f, df);

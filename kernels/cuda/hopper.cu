@@ -1,5 +1,5 @@
-// Maps for Hopper's copy engine. The driver makes them; it is asked for by name, so that the
-// program starts where there is none.
+// Whether the GPU is a Hopper, and maps for its copy engine. The driver makes them; it is asked for
+// by name, so that the program starts where there is none.
 #include "kernels/cuda/hopper.cuh"
 
 namespace entrain::cuda {
@@ -53,6 +53,14 @@ CUtensorMap map_of(const Rows<bf16>& x, int64_t D, const Dimension (&outer)[3]) 
 }
 
 }  // namespace
+
+bool on_hopper() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+  return major == 9 && minor == 0;
+}
 
 CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D) {
   return map_of(x, D, {{N, x.token_step, block_rows}, {H, x.head_step, 1}, {B, x.batch_step, 1}});

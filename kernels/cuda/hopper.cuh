@@ -22,6 +22,9 @@ constexpr int warpgroup = 128;
 constexpr int block_rows = 64;
 constexpr int panel_bytes = block_rows * 128;
 
+/// Whether the GPU is one.
+bool on_hopper();
+
 /// How the copy engine finds blocks of [B, H, N, D] rows; coordinates are column, row, head, batch.
 /// Rows outside [0, N) are zeros.
 CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D);
@@ -95,6 +98,39 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
 /// Until all threads of this warpgroup, the thread block's number `which`, are here.
 __device__ __forceinline__ void warpgroup_sync(int which) {
   asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "n"(warpgroup) : "memory");
+}
+
+// Clusters: blocks that run at the same time and reach each other's shared memory.
+/// All threads of the cluster meet, and see what each has written.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+/// Where the block of a rank has what this one has at p.
+template <class T>
+__device__ __forceinline__ T* in_block(T* p, uint32_t rank) {
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
+  return there;
+}
+
+/// Starts a kernel whose blocks form clusters of so many, which the grid is a multiple of.
+template <class... P, class... A>
+void launch_clusters(const char* name, void (*kernel)(P...), int cluster, dim3 grid, int threads,
+                     size_t shared, const A&... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)),
+        name);
+  cudaLaunchAttribute blocks{};
+  blocks.id = cudaLaunchAttributeClusterDimension;
+  blocks.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream();
+  config.attrs = &blocks;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 /// Sets this warpgroup's registers per thread, which the kernel's launch bounds must allow for.

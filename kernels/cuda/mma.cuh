@@ -64,6 +64,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
+/// Ends a group of this thread's copies, which may be empty.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits for all groups of this thread's but the last so many.
+template <int groups>
+__device__ __forceinline__ void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
 
 /// A barrier, of 16 that a thread block has, for some of its warps. 0 is __syncthreads()'s.
 __device__ __forceinline__ void meet(int barrier, int threads) {
@@ -92,7 +101,7 @@ __device__ __forceinline__ uint64_t warp_or(uint64_t x) {
 
 /// Starts a kernel that may want more shared memory than the 48 KiB all GPUs give unasked.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size_t shared,
             const A&... arguments) {
   int device = 0, most = 0;
   check(cudaGetDevice(&device), name);
@@ -102,7 +111,7 @@ void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
          " bytes of shared memory for this shape; a block of this GPU has " + std::to_string(most));
   }
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream()>>>(arguments...);
+  kernel<<<grid, threads, shared, stream()>>>(arguments...);
   check_launch(name);
 }
 

@@ -19,6 +19,20 @@ constexpr int64_t bf16_width = 512;  // candidates: 32 groups of 16 have a bit e
 // Lesser routing weights count as none: their gradients, D / (sigma w), could overflow a float.
 constexpr float least_weight = 1e-35f;
 
+/// Two floats as sums of three bf16 each.
+__device__ __forceinline__ void split_in_three(float x, float y, uint32_t& high, uint32_t& middle,
+                                               uint32_t& low) {
+  auto take = [&] {
+    const uint32_t both = pack(x, y);
+    x -= __uint_as_float(both << 16);
+    y -= __uint_as_float(both & 0xffff0000u);
+    return both;
+  };
+  high = take();
+  middle = take();
+  low = take();
+}
+
 /// How queries are cut into tiles, and where the parts of a tile begin in shared memory, in bytes;
 /// q at 0.
 struct Bf16RouteShape {
@@ -53,6 +67,23 @@ struct Bf16RouteProblem {
   bool packed;                // rows of q consist of 16 bytes
   Rows<bf16> q;
   Rows<double> kbar;
+};
+
+/// What routing writes, see Kernels::dash_route.
+struct RouteOutput {
+  double* tau;
+  uint32_t* mask;
+  int64_t half_words;  // of a row of the mask
+  float *bias, *weights;
+  double* read;
+
+  RouteOutput(const Tensor& tau, const BlockSet& blocks, const Tensor& weights, const Tensor& read)
+      : tau(pointer<double>(tau)),
+        mask(reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask))),
+        half_words(2 * blocks.mask[3]),
+        bias(pointer<float>(blocks.bias)),
+        weights(pointer<float>(weights)),
+        read(pointer<double>(read)) {}
 };
 
 /// One tile of queries of one kv head. Columns are candidates, from chunk init_blocks on.
@@ -166,19 +197,6 @@ struct Bf16RouteTile {
     }
   }
 
-  /// Two floats as sums of three bf16 each.
-  __device__ static void split(float x, float y, uint32_t& high, uint32_t& middle, uint32_t& low) {
-    auto take = [&] {
-      const uint32_t both = pack(x, y);
-      x -= __uint_as_float(both << 16);
-      y -= __uint_as_float(both & 0xffff0000u);
-      return both;
-    };
-    high = take();
-    middle = take();
-    low = take();
-  }
-
   /// z = (alpha - 1) scale q . kbar: a warp takes eight columns of all rows, so that a block splits
   /// each summary once. The next 16 dimensions of summaries are on their way meanwhile.
   template <int row_tiles>
@@ -205,8 +223,8 @@ struct Bf16RouteTile {
         uint32_t parts[3][2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          split(static_cast<float>(next[i][0]), static_cast<float>(next[i][1]), parts[2][i],
-                parts[1][i], parts[0][i]);
+          split_in_three(static_cast<float>(next[i][0]), static_cast<float>(next[i][1]),
+                         parts[2][i], parts[1][i], parts[0][i]);
         }
         load_keys(next, d + 16);
 #pragma unroll

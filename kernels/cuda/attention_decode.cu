@@ -1,0 +1,442 @@
+// Attention in bf16 of a sequence's last few queries, as while decoding: splits of the keys run
+// beside each other, and the last of them to finish merges them ("Flash-Decoding", Dao et al. 2023,
+// crfm.stanford.edu/2023/10/12/flashdecoding.html).
+//
+//   attended tiles of k and v --cp.async, 96 KB of rings--> shared
+//   a warp, 16 keys of each tile: S = q k^T -> P -> sums += P v, registers [rows, D]
+//   sums of 4 warps --shared--> of a split --L2--> of all splits -> o, lse
+//
+// Grid: (queries x kv heads x batch, splits, parts of the group). A block's 16 or 32 rows are heads
+// of the group, of one or several queries. It counts the tiles that its queries attend, takes an
+// equal share of them, and each of its warps goes through the share by itself, with a ring of
+// copies of its own: no barriers between them until the end. Where there are few tiles, blocks
+// whose share would be too small for the cost of merging it leave at once.
+//
+// The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
+// are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us,
+// and 5 us to start, to learn which they are, and to merge 16 splits, 2 MB. Batch 1: 6.3 MB by 48
+// blocks with 96 KB under way each, 3 us, and as much again to start, and to merge 24 splits.
+// Operations are 64 for each byte and go unnoticed.
+#include "kernels/cuda/attention_bf16.cuh"
+#include "kernels/cuda/score_tile.cuh"
+
+namespace entrain::cuda {
+namespace {
+
+constexpr int64_t most_queries = 8;  // of a sequence: with more, tiles of queries are the way
+constexpr int most_rows = 32, most_dims = 128;
+constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
+
+constexpr int most_blocks = 256;  // where keys are split: two a multiprocessor
+constexpr int most_splits = 64;
+constexpr int least_tiles = 4;  // of a split
+
+/// Of weights 2^(score - top) of a row: their sum.
+struct RowWeight {
+  float top, sum;
+};
+
+// What splits leave for the last one. 4.3 MB.
+__device__ float split_sums[most_blocks * most_rows * most_dims];  // [group, split, rows, D]
+__device__ RowWeight split_weights[most_blocks * most_rows];       // [group, split, rows]
+__device__ unsigned splits_done[most_blocks];                      // [group], 0 between launches
+
+/// Which tiles of keys the queries of a block attend, a bit each, in shared memory: those of any of
+/// them, then those that masks give each.
+class AttendedTiles {
+ public:
+  static size_t bytes(const AttentionProblem& p) {
+    const int64_t queries = p.mask ? std::min(p.N, most_queries) : 0;
+    return sizeof(uint64_t) * static_cast<size_t>((1 + queries) * words_of(p));
+  }
+
+  /// All threads call it; a barrier must follow.
+  __device__ AttendedTiles(const AttentionProblem& p, const QueryTile& queries, char* shared)
+      : masked_(p.mask), words_(static_cast<int>(words_of(p))) {
+    any_ = reinterpret_cast<uint64_t*>(shared);
+    const int begin = seen_by(p, queries.first).begin / key_tile;
+    const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
+    for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
+      const bool choose = masked_ && w < static_cast<int>(p.words);
+      uint64_t any = masked_ ? 0 : ~uint64_t{0};
+      for (int i = 0; choose && i < queries.count; ++i) {
+        const uint64_t bits = p.mask[(queries.index(p) + i) * p.words + w];
+        any_[(1 + i) * words_ + w] = bits;
+        any |= bits;
+      }
+      any_[w] = any & bits_below(end - 64 * w) & ~bits_below(begin - 64 * w);
+    }
+  }
+
+  /// All lanes of a warp call it.
+  __device__ int count() const {
+    int sum = 0;
+    for (int w = static_cast<int>(threadIdx.x) % 32; w < words_; w += 32) sum += __popcll(any_[w]);
+    return __reduce_add_sync(0xffffffffu, sum);
+  }
+  /// Whether a query's mask, where there is one, has a tile.
+  __device__ bool of(int query, int tile) const {
+    return !masked_ || (any_[(1 + query) * words_ + tile / 64] >> (tile % 64) & 1);
+  }
+
+  /// The attended tiles from the n-th on, one after the other.
+  class Walk {
+   public:
+    __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_), word_(0) {
+      for (; n > 0 && n >= __popcll(any_[word_]); ++word_) n -= __popcll(any_[word_]);
+      for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
+    }
+    __device__ int next() {
+      while (!rest_) rest_ = any_[++word_];
+      const int tile = 64 * word_ + __ffsll(static_cast<int64_t>(rest_)) - 1;
+      rest_ &= rest_ - 1;
+      return tile;
+    }
+
+   private:
+    const uint64_t* any_;
+    int word_;
+    uint64_t rest_;
+  };
+
+ private:
+  __host__ __device__ static int64_t words_of(const AttentionProblem& p) {
+    return p.keys / (64 * key_tile) + 1;
+  }
+
+  bool masked_;
+  int words_;
+  uint64_t* any_;
+};
+
+/// Shared memory: q, Small, the warps' rings, AttendedTiles.
+template <int D, int slabs>
+struct Decode {
+  static constexpr int rows = 16 * slabs;
+  static constexpr int stages = 384 / D;
+  static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
+  static constexpr size_t ring_bytes = stages * place_bytes;
+  static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
+
+  struct Small {
+    RowWeight weights[warps * rows];
+    float biases[warps][stages][most_queries];
+  };
+  static size_t shared_bytes(const AttentionProblem& p) {
+    return SharedTile<D>::bytes(rows) + sizeof(Small) + warps * ring_bytes +
+           AttendedTiles::bytes(p);
+  }
+};
+
+/// From weights that were scaled to one top to weights scaled to another.
+__device__ __forceinline__ float rescale(float from, float to) {
+  return from == to ? 1 : power_of_2(from - to);
+}
+
+/// The weight of a row of which n parts [n, rows] are known.
+template <int rows>
+__device__ RowWeight merge(const RowWeight* parts, int n, int row) {
+  RowWeight all{-INFINITY, 0};
+  for (int i = 0; i < n; ++i) all.top = fmaxf(all.top, parts[i * rows + row].top);
+  for (int i = 0; i < n; ++i) {
+    all.sum += parts[i * rows + row].sum * rescale(parts[i * rows + row].top, all.top);
+  }
+  return all;
+}
+
+/// Calls f(row, d) for the block's rows, four columns from d on in each thread.
+template <int rows, int D, class F>
+__device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
+  for (int x = static_cast<int>(threadIdx.x); x < rows * D / 4; x += attention_threads) {
+    const int row = x / (D / 4);
+    if (queries.has(row)) f(row, x % (D / 4) * 4);
+  }
+}
+
+__device__ __forceinline__ void add_scaled(float4& sum, const float4& x, float factor) {
+  sum.x += x.x * factor;
+  sum.y += x.y * factor;
+  sum.z += x.z * factor;
+  sum.w += x.w * factor;
+}
+
+/// Makes weights of a row's scores, and scales what came before to the same top. i: which of a
+/// slab's rows that a thread has.
+template <int columns>
+__device__ __forceinline__ void weigh(float (&s)[2][4], float (&sums)[columns][4],
+                                      RowWeight& weight, int i, float scale, float bias) {
+  float most = -INFINITY;  // fmaxf passes over NaN; the exponentials below do not
+#pragma unroll
+  for (int j = 0; j < 2; ++j) most = fmaxf(most, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  const float top = fmaxf(weight.top, most * scale + bias);
+  const float correction = rescale(weight.top, top);
+  const float shift = top == -INFINITY ? bias : bias - top;
+  weight.top = top;
+  weight.sum *= correction;
+#pragma unroll
+  for (int j = 0; j < columns; ++j) {
+    sums[j][2 * i] *= correction;
+    sums[j][2 * i + 1] *= correction;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int e = 2 * i; e < 2 * i + 2; ++e) {
+      s[j][e] = power_of_2(fmaf(s[j][e], scale, shift));
+      weight.sum += s[j][e];
+    }
+  }
+}
+
+/// Where the sums of rows go once all keys are in them.
+struct Output {
+  const AttentionProblem& p;
+  const QueryTile& queries;
+  const HeadRows o;
+  float* const lse;
+
+  __device__ void put(int row, int d, const float4& sum, const RowWeight& weight) const {
+    const float inverse = weight.sum > 0 ? 1 / weight.sum : weight.sum;  // an empty row gives 0
+    *reinterpret_cast<uint2*>(queries.at(o, row) + d) =
+        make_uint2(pack(sum.x * inverse, sum.y * inverse), pack(sum.z * inverse, sum.w * inverse));
+    if (d > 0) return;
+    // +infinity makes the backward pass of an empty row exp(-infinity) = 0.
+    lse[queries.index(p, row)] =
+        weight.sum == 0 ? INFINITY : weight.top * (1 / log2_e) + logf(weight.sum);
+  }
+};
+
+/// Merges the splits of a group, whose parts begin at `first`, in order. shared: splits x rows.
+template <int D, int rows>
+__device__ void merge_splits(const Output& output, int first, int splits, RowWeight* shared) {
+  for (int x = static_cast<int>(threadIdx.x); x < splits * rows; x += attention_threads) {
+    const float2 part = __ldcg(reinterpret_cast<const float2*>(split_weights + first + x));
+    shared[x] = {part.x, part.y};
+  }
+  __syncthreads();
+  for_columns<rows, D>(output.queries, [&](int row, int d) {
+    const RowWeight all = merge<rows>(shared, splits, row);
+    const float* from = split_sums + (first + row) * D + d;
+    float4 sum = {};
+#pragma unroll 8
+    for (int i = 0; i < splits; ++i) {
+      add_scaled(sum, __ldcg(reinterpret_cast<const float4*>(from + i * rows * D)),
+                 rescale(shared[i * rows + row].top, all.top));
+    }
+    output.put(row, d, sum, all);
+  });
+}
+
+/// Leaves the warps' weights [warps, rows] and, once all threads are here, in the place of rings
+/// their sums [warps, rows, sum_step], scaled alike. A barrier must follow.
+template <int D, int slabs>
+__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
+                                           RowWeight (&weight)[slabs][2], RowWeight* weights,
+                                           float* warp_sums) {
+  using Shape = Decode<D, slabs>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      weight[m][i].sum = quad_sum(weight[m][i].sum);
+      if (lane % 4 == 0) weights[warp * Shape::rows + 16 * m + 8 * i + lane / 4] = weight[m][i];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 16 * m + 8 * i + lane / 4;
+      const float top = merge<Shape::rows>(weights, warps, row).top;
+      const float factor = rescale(weight[m][i].top, top);
+      float* to = warp_sums + (warp * Shape::rows + row) * Shape::sum_step + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        *reinterpret_cast<float2*>(to + 8 * j) =
+            make_float2(sums[m][j][2 * i] * factor, sums[m][j][2 * i + 1] * factor);
+      }
+    }
+  }
+}
+
+template <int D, int slabs>
+__global__ void __launch_bounds__(attention_threads, 2)
+    decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
+                  const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
+                  const PackedRows pack, float scale) {
+  using Shape = Decode<D, slabs>;
+  constexpr int rows = Shape::rows, stages = Shape::stages;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const QueryTile queries(p, pack, static_cast<int>(blockIdx.z) * pack.heads);
+
+  char* shared = dynamic_shared();
+  const SharedTile<D> q_tile{shared_address(shared)};
+  auto& [weights, biases] = *reinterpret_cast<Shape::Small*>(shared + SharedTile<D>::bytes(rows));
+  char* rings = shared + SharedTile<D>::bytes(rows) + sizeof(typename Shape::Small);
+  const uint32_t ring = shared_address(rings + warp * Shape::ring_bytes);
+  const auto k_tile = [&](int place) {
+    return SharedTile<D>{ring + place * static_cast<uint32_t>(Shape::place_bytes)};
+  };
+  const auto v_tile = [&](int place) {
+    return SharedTile<D>{k_tile(place).address +
+                         static_cast<uint32_t>(SharedTile<D>::bytes(warp_keys))};
+  };
+
+  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
+  __syncthreads();
+  const int count = tiles.count();
+  const int splits =
+      max(1, min(static_cast<int>(gridDim.y), (count + least_tiles - 1) / least_tiles));
+  const int split = static_cast<int>(blockIdx.y);
+  if (split >= splits) return;
+  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
+
+  queries.copy<rows>(q, q_tile, D, true);
+  commit_copies();
+  const HeadRows k_rows(k, queries.b, queries.r), v_rows(v, queries.b, queries.r);
+  const auto fetch = [&](int tile, int place) {
+#pragma unroll 4
+    for (int x = 0; x < warp_keys * D / 8; x += 32) {
+      const int row = (x + lane) / (D / 8), c = (x + lane) % (D / 8);
+      const int key = tile * key_tile + warp * warp_keys + row;
+      const bool valid = key < static_cast<int>(p.keys);
+      copy_async<16>(k_tile(place).chunk(row, c), k_rows.at(0, key) + 8 * c, valid);
+      copy_async<16>(v_tile(place).chunk(row, c), v_rows.at(0, key) + 8 * c, valid);
+    }
+    if (p.bias && lane < queries.count) {
+      copy_async<4>(shared_address(&biases[warp][place][lane]),
+                    p.bias + (queries.index(p) + lane) * p.bias_blocks + tile, true);
+    }
+  };
+
+  AttendedTiles::Walk ahead(tiles, begin), now = ahead;
+#pragma unroll
+  for (int place = 0; place < stages - 1; ++place) {
+    if (place < share) fetch(ahead.next(), place);
+    commit_copies();
+  }
+  wait_copies_but<stages - 1>();
+  __syncthreads();  // q is here
+  const LeftOperand<D, slabs> q_operand(q_tile, 0);
+
+  float sums[slabs][D / 8][4] = {};
+  RowWeight weight[slabs][2];
+  KeyRange seen[slabs][2];
+#pragma unroll
+  for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = 16 * m + 8 * i + lane / 4;
+      weight[m][i] = {-INFINITY, 0};
+      seen[m][i] = queries.has(row) ? seen_by(p, queries.query(row)) : KeyRange{0, 0};
+    }
+  }
+
+  for (int t = 0, place = 0; t < share; ++t) {
+    wait_copies_but<stages - 2>();
+    __syncwarp();  // this tile is here, and nobody uses the one before any more
+    const int before = place == 0 ? stages - 1 : place - 1;
+    if (t + stages - 1 < share) fetch(ahead.next(), before);
+    commit_copies();
+
+    float s[slabs][2][4] = {};
+    rows_by_rows(s, q_operand, k_tile(place), 0);
+
+    const int tile = now.next(), key = tile * key_tile + warp * warp_keys + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < slabs; ++m) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int query = min(pack.query(16 * m + 8 * i + lane / 4), queries.count - 1);
+        const bool on = tiles.of(query, tile);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int at = key + j / 2 * 8 + j % 2;
+          if (!on || at < seen[m][i].begin || at >= seen[m][i].end) {
+            s[m][j / 2][2 * i + j % 2] = -INFINITY;
+          }
+        }
+        const float bias = p.bias && on ? biases[warp][place][query] * log2_e : 0;
+        weigh(s[m], sums[m], weight[m][i], i, scale, bias);
+      }
+    }
+    weighted_rows(sums, s, v_tile(place), 0);
+    place = place == stages - 1 ? 0 : place + 1;
+  }
+
+  auto* warp_sums = reinterpret_cast<float*>(rings);
+  leave_sums<D, slabs>(sums, weight, weights, warp_sums);
+  __syncthreads();
+
+  const Output output{p, queries, queries.heads(o), lse};
+  const int group = static_cast<int>(blockIdx.x + blockIdx.z * gridDim.x);
+  const int first_part = group * static_cast<int>(gridDim.y) * rows;
+  for_columns<rows, D>(queries, [&](int row, int d) {
+    float4 sum = {};
+#pragma unroll
+    for (int w = 0; w < warps; ++w) {
+      const float* from = warp_sums + (w * rows + row) * Shape::sum_step + d;
+      add_scaled(sum, *reinterpret_cast<const float4*>(from), 1);
+    }
+    const RowWeight all = merge<rows>(weights, warps, row);
+    if (splits == 1) return output.put(row, d, sum, all);
+    const int part = first_part + split * rows + row;
+    *reinterpret_cast<float4*>(split_sums + part * D + d) = sum;
+    if (d == 0) split_weights[part] = all;
+  });
+  if (splits == 1) return;
+
+  __threadfence();
+  __syncthreads();
+  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(&splits_done[group], 1) ==
+                                                             static_cast<unsigned>(splits) - 1);
+  if (!last) return;
+  if (threadIdx.x == 0) splits_done[group] = 0;
+  __threadfence();
+  merge_splits<D, rows>(output, first_part, splits, reinterpret_cast<RowWeight*>(rings));
+}
+
+/// Whether this GPU's shared memory sufficed.
+template <int D, int slabs>
+bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+            const Rows<bf16>& v, const Rows<bf16>& o, float* lse) {
+  using Shape = Decode<D, slabs>;
+  const size_t bytes = Shape::shared_bytes(p);
+  if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
+  const PackedRows pack(p.g, Shape::rows);
+  const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
+  const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
+  const int64_t splits =
+      std::max<int64_t>(1, std::min({useful, int64_t{most_splits}, most_blocks / (tiles * parts)}));
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
+                  static_cast<unsigned>(parts));
+  launch("attention_decode", decode_kernel<D, slabs>, grid, attention_threads, bytes, p, q, k, v, o,
+         lse, pack, p.scale() * log2_e);
+  return true;
+}
+
+}  // namespace
+
+bool attention_decode(const AttentionProblem& problem, const Tensor& q, const Tensor& k,
+                      const Tensor& v, const Tensor& o, float* lse) {
+  const bool chosen = problem.mask || problem.bias;
+  if (q.dtype != DType::bf16 || problem.N > most_queries || (problem.D != 64 && problem.D != 128) ||
+      (chosen && problem.block != key_tile)) {
+    return false;
+  }
+  const AttentionProblem p = check_sizes(problem);
+  const Rows<bf16> q_rows(q), k_rows(k), v_rows(v), o_rows(o);
+  if (!wide_rows(p, {q_rows, k_rows, v_rows, o_rows})) return false;
+  const auto run = [&]<int D>(std::integral_constant<int, D>) {
+    return p.g * p.N <= 16 ? decode<D, 1>(p, q_rows, k_rows, v_rows, o_rows, lse)
+                           : decode<D, 2>(p, q_rows, k_rows, v_rows, o_rows, lse);
+  };
+  return p.D == 64 ? run(std::integral_constant<int, 64>{})
+                   : run(std::integral_constant<int, 128>{});
+}
+
+}  // namespace entrain::cuda
