@@ -24,28 +24,61 @@ Encode find_encode() {
   return reinterpret_cast<Encode>(found);
 }
 
-}  // namespace
+cuuint64_t number(int64_t n) {
+  return static_cast<cuuint64_t>(n);
+}
 
-CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D) {
+/// A dimension of a tensor: places, elements from one to the next, places in a box.
+struct Dimension {
+  int64_t count, step;
+  int box;
+};
+
+/// Of rows of D neighbouring elements, 64 at a time, and three more dimensions.
+CUtensorMap map_of(bf16* data, int64_t D, const Dimension (&others)[3]) {
   static const Encode encode = find_encode();
-  const auto number = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  // The stride of a dimension of one is never used, yet checked.
-  const auto stride = [&](int64_t step, int64_t count) {
-    return number(2 * (count == 1 ? D : step));
-  };
-  const cuuint64_t extent[4] = {number(D), number(N), number(H), number(B)};
-  const cuuint64_t strides[3] = {stride(x.token_step, N), stride(x.head_step, H),
-                                 stride(x.batch_step, B)};
-  const cuuint32_t box[4] = {64, block_rows, 1, 1}, every[4] = {1, 1, 1, 1};
+  cuuint64_t extent[4] = {number(D)}, strides[3];
+  cuuint32_t box[4] = {64};
+  for (int i = 0; i < 3; ++i) {
+    const auto& [count, step, places] = others[i];
+    extent[i + 1] = number(count);
+    // The stride of a dimension of one is never used, yet checked.
+    strides[i] = number(2 * (count == 1 ? D : step));
+    box[i + 1] = static_cast<cuuint32_t>(places);
+  }
+  const cuuint32_t every[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult made =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data, extent, strides, box, every,
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, data, extent, strides, box, every,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (made != CUDA_SUCCESS) {
     fail("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(made)));
   }
   return map;
+}
+
+}  // namespace
+
+bool on_hopper() {
+  static const bool is = [] {
+    int device = 0, major = 0, minor = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability");
+    return major == 9 && minor == 0;
+  }();
+  return is;
+}
+
+CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D) {
+  return map_of(x.data, D,
+                {{N, x.token_step, block_rows}, {H, x.head_step, 1}, {B, x.batch_step, 1}});
+}
+
+CUtensorMap packed_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D, int g) {
+  return map_of(x.data, D,
+                {{H, x.head_step, g}, {N, x.token_step, block_rows / g}, {B, x.batch_step, 1}});
 }
 
 }  // namespace entrain::cuda

@@ -25,6 +25,12 @@ constexpr int panel_bytes = block_rows * 128;
 /// How the copy engine finds blocks of [B, H, N, D] rows; coordinates are column, row, head, batch.
 /// Rows outside [0, N) are zeros.
 CUtensorMap block_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D);
+/// The same for 64 / g tokens, the rows of g heads side by side, token after token; coordinates are
+/// column, head, token, batch. The last 64 % g rows of a block stay as they are.
+CUtensorMap packed_map(const Rows<bf16>& x, int64_t B, int64_t H, int64_t N, int64_t D, int g);
+
+/// Whether the GPU of this process is one.
+bool on_hopper();
 
 #ifdef __CUDACC__
 
@@ -57,6 +63,12 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!done);
+}
+
+/// What this thread wrote to shared memory, and what it read there, comes before what the copy
+/// engine and products do after the threads have met.
+__device__ __forceinline__ void shared_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Copies to shared memory; their bytes arrive at a barrier.
@@ -158,7 +170,22 @@ __device__ __forceinline__ void product(float (&c)[8][4], const Fragment& a, uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
         "n"(static_cast<int>(columns)));
 }
-/// The same with 128 columns.
+/// c (+)= a b^T, 64 x 64, 16 deep, of f16: a from registers, b a Block's rows().
+__device__ __forceinline__ void product_f16(float (&c)[8][4], const Fragment& a, uint64_t b,
+                                            bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+      "}"
+      : ENTRAIN_SUMS_8(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+/// As the first, with 128 columns.
 template <bool columns>
 __device__ __forceinline__ void product(float (&c)[16][4], const Fragment& a, uint64_t b,
                                         bool add) {
