@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
       // Each stage has its own sums: who writes them next has waited for who reads them here.
       float* of_rows = sums + (stage * groups + mine) * block_rows;
       store_row_sums(of_rows, ds);
-      warpgroup_sync(mine);
+      warpgroup_sync(1 + mine);
       if (rank < pack.queries && attending >> rank & 1) {
         float of_query = 0;
         for (int h = 0; h < pack.heads; ++h) of_query += of_rows[rank * pack.heads + h];

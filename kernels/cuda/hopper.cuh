@@ -71,7 +71,8 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Lets products and the copy engine see what this thread has written to shared memory.
+/// What this thread wrote to shared memory, and what it read there, comes before what the copy
+/// engine and products do after the threads have met.
 __device__ __forceinline__ void show_to_engines() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -95,9 +96,24 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
       : "memory");
 }
 
-/// Until all threads of this warpgroup, the thread block's number `which`, are here.
-__device__ __forceinline__ void warpgroup_sync(int which) {
-  asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "n"(warpgroup) : "memory");
+/// The warpgroup meets, at a barrier of its own: not 0, the block's.
+__device__ __forceinline__ void warpgroup_sync(int barrier) {
+  asm volatile("barrier.cta.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+/// Whether x holds for any of its threads.
+__device__ __forceinline__ bool warpgroup_any(int barrier, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "barrier.cta.red.or.pred q, %1, 128, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(any)
+      : "r"(barrier), "r"(static_cast<uint32_t>(x))
+      : "memory");
+  return any != 0;
 }
 
 // Clusters: blocks that run at the same time and reach each other's shared memory.
@@ -213,7 +229,22 @@ __device__ __forceinline__ void product(float (&c)[8][4], const Fragment& a, uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
         "n"(static_cast<int>(columns)));
 }
-/// The same with 128 columns.
+/// c (+)= a b^T, 64 x 64, 16 deep, of f16: a from registers, b a Block's rows().
+__device__ __forceinline__ void product_f16(float (&c)[8][4], const Fragment& a, uint64_t b,
+                                            bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+      "}"
+      : ENTRAIN_SUMS_8(0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+/// As the first, with 128 columns.
 template <bool columns>
 __device__ __forceinline__ void product(float (&c)[16][4], const Fragment& a, uint64_t b,
                                         bool add) {
