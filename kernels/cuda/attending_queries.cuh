@@ -16,7 +16,7 @@ class AttendingQueries {
   /// Of queries [begin, end) of a kv head of the batch's.
   __device__ AttendingQueries(const AttentionProblem& p, int group, int tile, int begin, int end,
                               int* shared)
-      : list_(shared), counts_(shared + scanned + step_rows) {
+      : list_(shared), votes_(reinterpret_cast<uint32_t*>(shared + scanned + step_rows)) {
     const int64_t key = int64_t{tile} * key_tile;
     const int64_t last = min(key + key_tile, p.keys) - 1;
     const int64_t first_block = key / p.block, blocks = last / p.block - first_block + 1;
@@ -34,19 +34,25 @@ class AttendingQueries {
   }
 
   __device__ bool more() const { return begin_ < end_; }
-  /// Looks at the next queries. All threads call it, after a barrier that follows the last use of
-  /// the list.
+  /// Looks at the next queries, if there are more(). All threads call it, after a barrier that
+  /// follows the last use of the list.
   __device__ void append() {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    uint32_t votes[rounds];
+#pragma unroll 1
+    for (int i = 0; i < rounds; i += together) {
+      uint64_t words[together];
 #pragma unroll
-    for (int i = 0; i < rounds; ++i) {
-      const int query = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
-      votes[i] = __ballot_sync(0xffffffffu, query < end_ && attends(query));
-      if (lane == 0) counts_[i * warps + warp] = __popc(votes[i]);
+      for (int j = 0; j < together; ++j) words[j] = word(min(query(i + j), end_ - 1));
+#pragma unroll
+      for (int j = 0; j < together; ++j) {
+        const bool attends = words[j] & blocks_ && query(i + j) < end_;
+        const uint32_t vote = __ballot_sync(0xffffffffu, attends);
+        if (lane == 0) votes_[(i + j) * warps + warp] = vote;
+      }
     }
     meet();
-    int before = counts_[lane];  // becomes the sum up to here
+    const uint32_t votes = votes_[lane];
+    int before = __popc(votes);  // becomes the sum up to here
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int left = __shfl_up_sync(0xffffffffu, before, offset);
@@ -54,10 +60,10 @@ class AttendingQueries {
     }
 #pragma unroll
     for (int i = 0; i < rounds; ++i) {
-      const int here = __shfl_sync(0xffffffffu, before, i * warps + warp) - __popc(votes[i]);
-      if (votes[i] >> lane & 1) {
-        const int place = count_ + here + __popc(votes[i] & ((1u << lane) - 1));
-        list_[place] = begin_ + i * attention_threads + static_cast<int>(threadIdx.x);
+      const uint32_t from_here = __shfl_sync(0xffffffffu, votes, i * warps + warp) >> lane;
+      const int place = __shfl_sync(0xffffffffu, before, i * warps + warp) - __popc(from_here);
+      if (from_here & 1) {
+        list_[count_ + place] = query(i);
       }
     }
     count_ += __shfl_sync(0xffffffffu, before, 31);
@@ -72,7 +78,7 @@ class AttendingQueries {
   }
   /// The tile's word in a query's mask.
   __device__ uint64_t word(int query) const {
-    return masks_ ? masks_[query * words_] : 0;
+    return masks_ ? masks_[query * words_] : ~uint64_t{0};
   }
   /// Whether queries [i, i + count) of the list attend all keys of the tile.
   __device__ bool whole(int i, int count) const {
@@ -86,17 +92,19 @@ class AttendingQueries {
 
  private:
   static constexpr int rounds = scanned / attention_threads, warps = attention_threads / 32;
+  static constexpr int together = 4;  // masks on their way
   static_assert(rounds * warps == 32);
 
   __device__ static void meet() {
     cuda::meet(1, attention_threads);
   }
-  /// Whether the mask of a query that sees the tile has one of its blocks.
-  __device__ bool attends(int query) const {
-    return !masks_ || word(query) & blocks_;
+  /// The thread's query of a round.
+  __device__ int query(int round) const {
+    return begin_ + round * attention_threads + static_cast<int>(threadIdx.x);
   }
 
-  int *list_, *counts_;
+  int* list_;
+  uint32_t* votes_;  // those of 32 queries, of which each round has one for each warp
   int count_ = 0;
   int begin_, end_;          // queries not looked at yet that see something of the tile,
   int all_begin_, all_end_;  // and those that see all of it

@@ -46,14 +46,6 @@ void hopper_key_gradients(const AttentionProblem& p, const DenseBackward& dense,
                           const Rows<bf16>& q, const Rows<bf16>& k, const Rows<bf16>& v,
                           const Rows<bf16>& dout, const Rows<bf16>& dk, const Rows<bf16>& dv);
 
-/// dk and dv of block-sparse problems: head_dim 64 or 128, groups of 64 heads at most, blocks of
-/// whole tiles of 64 keys where there are masks or biases; attention_sparse_dkdv.cu.
-void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
-                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
-                          void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv);
-/// Bytes of its scratch, at a multiple of 16; those of a problem do for others with fewer keys.
-int64_t sparse_key_gradients_scratch(const AttentionProblem& p);
-
 #ifdef __CUDACC__
 
 template <class F>

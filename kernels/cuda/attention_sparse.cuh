@@ -16,9 +16,16 @@
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_hopper.cuh"
 
-#ifdef __CUDACC__
-
 namespace entrain::cuda {
+
+/// dk and dv, the half that goes through the queries; attention_sparse_dkdv.cu.
+void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
+                          void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv);
+/// Bytes of its scratch, at a multiple of 16; those of a problem do for others with fewer keys.
+int64_t sparse_key_gradients_scratch(const AttentionProblem& p);
+
+#ifdef __CUDACC__
 
 /// Neighbouring queries of one kv head.
 struct SparseItem {
@@ -239,6 +246,6 @@ struct OwnRows {
   }
 };
 
-}  // namespace entrain::cuda
-
 #endif  // __CUDACC__
+
+}  // namespace entrain::cuda

@@ -1,0 +1,265 @@
+// Block-sparse attention in bf16 on Hopper, backward, second half: dk = dS^T q / sqrt(D) and
+// dv = P^T dO.
+//
+// An item is a tile of 64 keys of one kv head and a segment of the queries. One warpgroup finds the
+// queries of the segment that attend the tile, 1024 masks at a time, and has their rows of q and dO
+// copied into a ring of stages: a step is 64 rows, the g heads of 64 / g such queries, wherever
+// they lie, one copy a query and 64 columns. Two more warpgroups take turns at the steps, each with
+// its own sums of dk and dv in registers, and at the item's end exchange these, in the shared
+// memory of K and V: the first one then has all of dv, the second one all of dk. K and V have two
+// places, so that those of the next item, and its first steps, come while this one ends.
+//
+// Segments serve two ends. A tile that all queries attend is no single long chain of steps. And q
+// and dO of a kv head, 4 g D bytes a query, are more than the second-level cache holds (g 16, D
+// 128, N 16K: 134 MB), those of a segment are 16 MiB at most: all tiles go through a segment before
+// the next one, and read it from there. Items are numbered in that order, but for each kv head's
+// first tile: most queries may attend it, so it starts first. Who is free draws the next number
+// from a counter, since the masks decide how long an item takes. A tile's sums are passed from its
+// segment to the next in memory, in f32: an item's end waits for that of the one before, which has
+// a lower number, so that somebody works on it. Hence each sum has one order, that of the queries,
+// whoever computes it; which of the two warpgroups has an item's even steps does not show, since
+// a + b = b + a.
+//
+// Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
+// operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes a row, 32 KiB, and
+// scattered log sums and deltas, 4 KiB in sectors of 32 bytes: 4.7 GB from the second-level cache,
+// 0.85 ms at 24 bytes a clock and multiprocessor, which sets the pace. 2304 items pass on 64 KiB
+// each, written and read: 5% more.
+//
+// At D 128 registers are short: three values that a computing thread needs at an item's end are
+// spilled.
+#include "kernels/cuda/attention_sparse_steps.cuh"
+
+namespace entrain::cuda {
+namespace {
+
+using namespace sparse_keys;
+
+#ifdef ENTRAIN_HOPPER
+
+/// Two threads of different thread blocks: what the one has seen or written before it stores, the
+/// other one sees after it has loaded that.
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_release(int* to, int x) {
+  asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ float4 four(const float (&x)[4]) {
+  return {x[0], x[1], x[2], x[3]};
+}
+__device__ __forceinline__ void add_four(float (&sum)[4], const float4& x) {
+  sum[0] += x.x;
+  sum[1] += x.y;
+  sum[2] += x.z;
+  sum[3] += x.w;
+}
+
+/// Gives one of a warpgroup's sums to the other warpgroup and adds what that one gives to the other
+/// sum, half the columns at a time. to and from: a block of shared memory for each.
+template <int n>
+__device__ __forceinline__ void exchange(const float (&give)[n][4], float (&keep)[n][4], float4* to,
+                                         const float4* from) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+#pragma unroll
+  for (int half = 0; half < n; half += n / 2) {
+    meet(2, consumers * warpgroup);  // the blocks are free
+#pragma unroll
+    for (int j = 0; j < n / 2; ++j) to[j * warpgroup + thread] = four(give[half + j]);
+    meet(2, consumers * warpgroup);
+#pragma unroll
+    for (int j = 0; j < n / 2; ++j) add_four(keep[half + j], from[j * warpgroup + thread]);
+  }
+}
+
+/// Adds what earlier segments have left of the sum of an item's tile, and leaves it to the next
+/// segment or writes it to dv (which 0) or dk (which 1).
+template <int n>
+__device__ __forceinline__ void pass_on(const Work& w, int number, int which, float (&sum)[n][4]) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+  const Item item(w.items, number);
+  const SeeingSegments seeing(w.p, w.items, item.tile);
+  const int64_t place = (int64_t{item.kv_head} * w.items.tiles + item.tile) * 2 + which;
+  int* passed = w.passed + place;
+  float4* sums = w.sums + place * n * warpgroup + thread;
+  if (item.segment > seeing.first) {
+    while (load_acquire(passed) != item.segment) {
+    }
+#pragma unroll
+    for (int j = 0; j < n; ++j) add_four(sum[j], __ldcg(sums + j * warpgroup));
+  }
+  if (item.segment < seeing.last) {
+#pragma unroll
+    for (int j = 0; j < n; ++j) __stcg(sums + j * warpgroup, four(sum[j]));
+    meet(3 + which, warpgroup);
+    if (thread == 0) store_release(passed, item.segment + 1);
+    return;
+  }
+  store_sums(sum, which == 0 ? 1 : w.scale, which == 0 ? w.dv : w.dk, item.b, item.r,
+             item.tile * key_tile, static_cast<int>(w.p.keys));
+}
+
+/// The work of a warpgroup that computes; mine: 0 or 1.
+template <int D>
+__device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& memory) {
+  auto& ring = memory.ring;
+  auto& own = memory.own;
+  const auto next_turn = [&] {
+    for (int i = 0; i < consumers; ++i) ring.next();
+  };
+  const int lane_column = static_cast<int>(threadIdx.x) % 4 * 2;
+  const int lane_key =
+      static_cast<int>(threadIdx.x) % warpgroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+  if (mine == 1) ring.next();
+  for (;; own.next()) {
+    own.wait_full();
+    const int n = memory.items[own.stage];
+    if (n < 0) return;
+    const OwnBlock<D, false> k(memory.k(own.stage)), v(memory.v(own.stage));
+
+    float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
+    pin(dk_sum);
+    pin(dv_sum);
+    int before = -1;
+    for (;; next_turn()) {
+      ring.wait_full();
+      const Step& step = memory.steps[ring.stage];
+      if (step.kind == Step::end) break;
+      const uint32_t log_sums = shared_address(step.log_sums + lane_column);
+      const uint32_t deltas = shared_address(step.deltas + lane_column);
+      const uint32_t biases = shared_address(step.biases + lane_column);
+      add_key_gradients<D>(
+          dk_sum, dv_sum, k, v, memory.q(ring.stage), memory.dout(ring.stage), w.scale * log2_e,
+          [&](int j) {
+            float2 log_sum = load_pair(log_sums + 32 * j);
+            if (w.p.bias) {
+              const float2 bias = load_pair(biases + 32 * j);
+              log_sum.x -= bias.x * log2_e;
+              log_sum.y -= bias.y * log2_e;
+            }
+            return log_sum;
+          },
+          deltas,
+          [&] {
+            if (before >= 0) warp_arrive(ring.empty(before));
+          },
+          [&](float(&weights)[8][4]) {
+            if (step.kind == Step::whole) return;
+            const int key = Item(w.items, n).tile * key_tile + lane_key;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const KeyRange seen = step.seen[8 * j + lane_column + e % 2];
+                const int at = key + e / 2 * 8;
+                if (at < seen.begin || at >= seen.end) weights[j][e] = 0;
+              }
+            }
+          });
+      before = ring.stage;
+    }
+    products_wait<0>();
+    pin(dk_sum);
+    pin(dv_sum);
+    if (before >= 0) warp_arrive(ring.empty(before));
+    warp_arrive(ring.empty(ring.stage));
+    next_turn();
+
+    float4 *first = memory.own_block(own.stage, 0), *second = memory.own_block(own.stage, 1);
+    if (mine == 0) {
+      exchange(dk_sum, dv_sum, first, second);
+    } else {
+      exchange(dv_sum, dk_sum, second, first);
+    }
+    show_to_engines();  // the next keys and values come after what was exchanged there
+    warp_arrive(own.empty(own.stage));
+    if (mine == 0) {
+      pass_on(w, n, 0, dv_sum);
+    } else {
+      pass_on(w, n, 1, dk_sum);
+    }
+  }
+}
+
+#endif  // ENTRAIN_HOPPER
+
+template <int D>
+__global__ void __launch_bounds__(threads, 1)
+    key_gradients(const __grid_constant__ Maps maps, const __grid_constant__ Work w) {
+#ifdef ENTRAIN_HOPPER
+  Memory<D> memory;
+  if (threadIdx.x == 0) {
+    // A stage is full when its rows, all threads' copies and their warps' own writes are there.
+    memory.ring.init(memory.ring.barriers, 4, 1 + warpgroup + 4);
+    memory.own.init(memory.own.barriers, 4 * consumers);
+    barrier_init_done();
+  }
+  // What a step has beside its queries' rows stays zeros.
+  for (int i = static_cast<int>(threadIdx.x);
+       i < 2 * Memory<D>::stages * Memory<D>::block_bytes / 16; i += threads) {
+    memory.own_block(Memory<D>::own_stages, 0)[i] = {0, 0, 0, 0};
+  }
+  show_to_engines();
+  __syncthreads();
+  const int group = static_cast<int>(threadIdx.x) / warpgroup;
+  if (group == 0) {
+    fewer_registers<D == 64 ? 72 : 24>();
+    copy_items(w, maps, memory);
+  } else {
+    more_registers<D == 64 ? 216 : 240>();
+    add_items(w, group - 1, memory);
+  }
+#endif
+}
+
+/// Where scratch holds what.
+struct Scratch {
+  int64_t passed, sums, bytes;
+
+  explicit Scratch(const AttentionProblem& p) {
+    const int64_t sums_count = p.B * p.Hkv * ceil_div(p.keys, key_tile) * 2;
+    passed = 16;  // after the counter of items
+    sums = passed + ceil_div(sums_count * int64_t{sizeof(int)}, 16) * 16;
+    bytes = sums + sums_count * key_tile * p.D * int64_t{sizeof(float)};
+  }
+};
+
+}  // namespace
+
+int64_t sparse_key_gradients_scratch(const AttentionProblem& p) {
+  return Scratch(p).bytes;
+}
+
+void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
+                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
+                          void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv) {
+  const Items items(p);
+  const Scratch places(p);
+  auto* bytes = static_cast<char*>(scratch);
+  check(cudaMemsetAsync(scratch, 0, static_cast<size_t>(places.sums), stream()), "dk and dv");
+  const Work w{p,
+               items,
+               PackedRows(p.g, block_rows),
+               dk,
+               dv,
+               numbers,
+               padded_rows(p),
+               p.scale(),
+               reinterpret_cast<int*>(bytes),
+               reinterpret_cast<int*>(bytes + places.passed),
+               reinterpret_cast<float4*>(bytes + places.sums)};
+  const auto keys = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hkv, p.keys, p.D); };
+  const auto queries = [&](const Rows<bf16>& x) {
+    return packed_map(x, p.B, p.Hq, p.N, p.D, static_cast<int>(p.g), 1);
+  };
+  const Maps maps{keys(k), keys(v), queries(q), queries(dout)};
+  by_dense_head_dim(p.D, [&](auto D) {
+    launch("attention_backward: dk and dv", key_gradients<D>,
+           std::min<int64_t>(items.count(), multiprocessors()), threads, Memory<D>::bytes, maps, w);
+  });
+}
+
+}  // namespace entrain::cuda
