@@ -64,8 +64,9 @@ struct FloatEntmax {
     return d <= 0 ? 0.0f : slope(d);
   }
 
-  /// The threshold of a shifted row; all lanes of a warp together.
-  __device__ float threshold(float* row, int n) const {
+  /// The threshold of a shifted row, or for alpha > 1 of any row from a lower bound on: its largest
+  /// entry less 1, or what it had with fewer entries. All lanes of a warp together.
+  __device__ float threshold(float* row, int n, float bound = -1) const {
     const Lanes lanes(row_lanes);
     if (curve == Curve::exponential) {
       float sum = 0;
@@ -74,10 +75,10 @@ struct FloatEntmax {
       });
       return logf(lanes.sum(sum));
     }
-    float t = -1;  // the largest entry alone gives h >= 0 here
+    float t = bound;  // the largest entry alone gives h >= 0 here
     bool moves = n > 0;
-    for (int step = 0; step < 100 && __any_sync(0xffffffffu, moves); ++step) {
-      float f = 0, df = 0, f2 = 0, df2 = 0;  // sums of d^r and of d^(r-1)
+    for (int step = 0; step < most_steps && __any_sync(0xffffffffu, moves); ++step) {
+      float f = 0, df = 0, f2 = 0, df2 = 0;
       for_fours(row, moves ? n : 0, [&](const float4& a, int) {
         add(a.x - t, f, df);
         add(a.y - t, f2, df2);
@@ -86,24 +87,13 @@ struct FloatEntmax {
       });
       f = lanes.sum(f + f2);
       df = lanes.sum(df + df2);
-      const float norm = curve == Curve::square ? sqrtf(f)
-                         : curve == Curve::line ? f
-                                                : exp2f(alpha_1 * log2f(f));
-      const float next = t + (norm - 1) * f / (norm * df);
-      moves = moves && next > t;  // not where it has converged to rounding, or is NaN
-      const float moved = next - t;
-      if (moves) t = next;
-      moves = moves && moved > enough;
+      moves = moves && improve(t, f, df);
     }
     return t;
   }
 
- private:
-  /// d^(r - 1), d > 0
-  __device__ float slope(float d) const {
-    if (curve == Curve::square) return d;
-    return curve == Curve::line ? 1.0f : exp2f(r_1 * log2f(d));
-  }
+  static constexpr int most_steps = 100;
+  /// Adds d^r to f and d^(r-1) to df where d > 0.
   __device__ void add(float d, float& f, float& df) const {
     if (curve == Curve::square) {
       d = fmaxf(d, 0);  // 0 for NaN
@@ -114,6 +104,23 @@ struct FloatEntmax {
       f += s * d;
       df += s;
     }
+  }
+  /// A step of Newton's from t, given the sums over a row; whether another is to follow.
+  __device__ bool improve(float& t, float f, float df) const {
+    const float norm = curve == Curve::square ? sqrtf(f)
+                       : curve == Curve::line ? f
+                                              : exp2f(alpha_1 * log2f(f));
+    const float next = t + (norm - 1) * f / (norm * df), moved = next - t;
+    if (!(next > t)) return false;  // it has converged to rounding, or is NaN
+    t = next;
+    return moved > enough;
+  }
+
+ private:
+  /// d^(r - 1), d > 0
+  __device__ float slope(float d) const {
+    if (curve == Curve::square) return d;
+    return curve == Curve::line ? 1.0f : exp2f(r_1 * log2f(d));
   }
 };
 

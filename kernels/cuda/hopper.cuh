@@ -90,6 +90,26 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
       : "memory");
 }
 
+/// The warpgroup meets, at a barrier of its own: not 0, the block's.
+__device__ __forceinline__ void warpgroup_sync(int barrier) {
+  asm volatile("barrier.cta.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+/// Whether x holds for any of its threads.
+__device__ __forceinline__ bool warpgroup_any(int barrier, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "barrier.cta.red.or.pred q, %1, 128, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(any)
+      : "r"(barrier), "r"(static_cast<uint32_t>(x))
+      : "memory");
+  return any != 0;
+}
+
 /// Sets this warpgroup's registers per thread, which the kernel's launch bounds must allow for.
 template <int count>
 __device__ __forceinline__ void more_registers() {
