@@ -207,6 +207,11 @@ class RowTile {
   static constexpr int step = 72, bytes = 64 * step * 4;  // pairs of four rows in different banks
 
   __device__ explicit RowTile(void* at) : at_(static_cast<float*>(at)) {}
+  __device__ float* at(int row, int column) const { return at_ + row * step + column; }
+  /// The two of a row that the thread has in accumulators' columns [8 j, 8 j + 8).
+  __device__ float2 pair(int row, int j) const {
+    return *reinterpret_cast<const float2*>(at(row, 8 * j + static_cast<int>(threadIdx.x) % 4 * 2));
+  }
   __device__ void put(const float (&p)[8][4]) const {
     const int thread = static_cast<int>(threadIdx.x) % warpgroup;
     float* to = at_ + (thread / 32 * 16 + thread % 32 / 4) * step + thread % 4 * 2;
