@@ -25,6 +25,13 @@ const Case cases[] = {
     {1, 4, 2, 150, 64, {.chunk = 8, .sigma = 1, .prior_eps = 0.1, .aggregation = softmax}, 1.5, 20},
     {2, 6, 2, 90, 40, {.chunk = 4, .sigma = 1, .prior_eps = 0.1, .aggregation = softmax}, 1.25, 9},
     {1, 4, 1, 80, 16, {.chunk = 4, .prior_eps = 0.1, .aggregation = softmax}, 2, 30},
+    // head_dim 64 and 128: what Hopper has a way back of its own for, over tiles of 64 chunks.
+    {1, 6, 2, 500, 64, {.chunk = 4, .sigma = 1, .prior_eps = 1e-2, .init_blocks = 3}, 1.5, 3},
+    {2, 8, 2, 261, 128, {.chunk = 2, .sigma = 2, .prior_eps = 1e-2, .local_blocks = 3}, 1.25, 3},
+    {1, 16, 1, 203, 128, {.chunk = 1, .prior_eps = 0.1, .center = false, .init_blocks = 70}, 2, 1},
+    {1, 2, 2, 300, 64, {.chunk = 1, .sigma = 1}, 1, 2},
+    {2, 4, 1, 70, 64, {.chunk = 1, .sigma = 1}, 1.5, 2},
+    {1, 64, 1, 190, 128, {.chunk = 1, .prior_eps = 1e-2}, 1.5, 2},
     {1, 2, 1, 1500, 16, {.chunk = 1, .sigma = 1, .prior_eps = 1e-2}, 1.5, 3},
     {1, 4, 2, 40, 64, {.chunk = 64}},
     {1, 4, 2, 33, 64, {.chunk = 8, .init_blocks = 20}},
@@ -190,6 +197,7 @@ TEST(DashOnGpu, RoutesBackAsTheCpuDoes) {
                                  heads(dq.gpu, c.D), dkbar.gpu, gpu_scratch.gpu);
       EXPECT_LT(error_of(dkbar), routing_tolerance(real, 1e-9, 1e-2));
       EXPECT_LT(dq.error(), tolerance(real));
+      dbias.send();  // it may be written over
       on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, dbias.gpu,
                                  heads(dq2.gpu, c.D), dkbar2.gpu, gpu_scratch.gpu);
       EXPECT_TRUE(same_bytes(dkbar, dkbar2));
