@@ -30,6 +30,7 @@ const Case cases[] = {
     {2, 8, 2, 261, 128, {.chunk = 2, .sigma = 2, .prior_eps = 1e-2, .local_blocks = 3}, 1.25, 3},
     {1, 16, 1, 203, 128, {.chunk = 1, .prior_eps = 0.1, .center = false, .init_blocks = 70}, 2, 1},
     {1, 2, 2, 300, 64, {.chunk = 1, .sigma = 1}, 1, 2},
+    {2, 16, 8, 901, 64, {.chunk = 8, .sigma = 1, .prior_eps = 1e-2}, 1.5, 3},
     {2, 4, 1, 70, 64, {.chunk = 1, .sigma = 1}, 1.5, 2},
     {1, 64, 1, 190, 128, {.chunk = 1, .prior_eps = 1e-2}, 1.5, 2},
     {1, 2, 1, 1500, 16, {.chunk = 1, .sigma = 1, .prior_eps = 1e-2}, 1.5, 3},
