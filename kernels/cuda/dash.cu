@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
+#include "kernels/cuda/route_hopper.cuh"
 
 namespace entrain {
 namespace cuda {
@@ -140,9 +141,11 @@ using namespace cuda;
 
 template <>
 void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing,
-                                       Tensor tau, const BlockSet& blocks, Tensor weights, Tensor,
-                                       Tensor read) const {
-  if (q.numel() == 0 || route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
+                                       Tensor tau, const BlockSet& blocks, Tensor weights,
+                                       Tensor scratch, Tensor read) const {
+  if (q.numel() == 0) return;
+  if (scratch && route_hopper(q, kbar, routing, tau, blocks, weights, scratch, read)) return;
+  if (route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
   const RouteShape s = route_shape(q, kbar, routing, blocks.first);
   const auto grid = static_cast<unsigned>(s.tiles() * s.B * s.Hkv);
   auto* mask = reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask));
@@ -155,8 +158,8 @@ void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting&
 }
 
 template <>
-int64_t Kernels<Device::cuda>::dash_route_scratch(const Shape&, const Shape&) {
-  return 0;
+int64_t Kernels<Device::cuda>::dash_route_scratch(const Shape&, const Shape& kbar) {
+  return Summaries::scratch(kbar);
 }
 
 template <>

@@ -5,6 +5,12 @@
 
 namespace entrain::cuda {
 
+/// On Hopper, with head_dim 64 or 128, over any number of chunks. Whether it routed: not with
+/// softmax before entmax, nor more than 64 heads to a kv head.
+bool route_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+                  const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
+                  const Tensor& scratch, const Tensor& read);
+
 /// Whether it routed: not with softmax before entmax, over more than 512 candidates or float.
 bool route_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing, const Tensor& tau,
                 const BlockSet& blocks, const Tensor& weights, const Tensor& read);

@@ -12,6 +12,8 @@
 // by side; the last 64 % g rows are nobody's. A tile is chunks [64 t, 64 t + 64), a word of the
 // mask. high and low hold 22 bits of kbar, products of f16 are exact in float: scores err by
 // rounding of float sums, low products first. q is exact in f16 between 2^-17 and 65504.
+#include <cuda_fp16.h>
+
 #include "kernels/cuda/attention_hopper.cuh"
 #include "kernels/cuda/route_bf16.cuh"
 
@@ -51,22 +53,15 @@ struct HopperRoute {
     return B * Hkv * ((N + groups * queries - 1) / (groups * queries));
   }
 
-#ifdef __CUDACC__
-  __device__ int init() const {
-    return static_cast<int>(routing.init_blocks);
-  }
+  __device__ int init() const { return static_cast<int>(routing.init_blocks); }
   /// The chunk a query is in.
-  __device__ int own(int query) const {
-    return (first + query) / static_cast<int>(routing.chunk);
-  }
+  __device__ int own(int query) const { return (first + query) / static_cast<int>(routing.chunk); }
   /// Its candidates are the chunks from init() up to here.
   __device__ int end(int query) const {
     return init() + static_cast<int>(candidates(routing, own(query)));
   }
   /// Tiles in which queries before `last` + 1 have candidates: [first_tile(), end_tile(last)).
-  __device__ int first_tile() const {
-    return init() / 64;
-  }
+  __device__ int first_tile() const { return init() / 64; }
   __device__ int end_tile(int last) const {
     const int to = end(last);
     return to > init() ? (to + 63) / 64 : first_tile();
@@ -84,7 +79,6 @@ struct HopperRoute {
   __device__ int64_t at_row(const RouteItem& item, int query, int h) const {
     return (int64_t{item.b} * Hq + item.r * g + h) * N + query;
   }
-#endif
 };
 
 /// Whether this router takes a problem; how its kernels do; its summaries, in scratch.
@@ -92,8 +86,6 @@ bool hopper_route_takes(const Tensor& q, const Tensor& kbar, const DashRouting& 
 HopperRoute hopper_route_problem(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                                  int64_t first);
 Summaries prepare_summaries(const Tensor& kbar, const Tensor& scratch);
-
-#ifdef __CUDACC__
 
 /// Starts copies of a warpgroup's rows, from a query on, and of both parts of a tile of summaries.
 template <int D>
@@ -120,23 +112,24 @@ __device__ void copy_tile(uint32_t stage, const CUtensorMap& high, const CUtenso
 template <int D>
 class RouteRows {
  public:
-  int query[2], head[2];  // head: of the group
-  int end[2];             // of their candidates; init() where there are none, as in nobody's rows
+  int end[2];  // of the candidates of the lane's rows; init() where there are none
 
   __device__ RouteRows(const HopperRoute& p)
       : init_(p.init()),
         factor_(static_cast<float>(p.alpha_gamma[1] * (alpha_is_1(p) ? 1 : p.alpha_gamma[0] - 1) /
                                    (double{summary_scale} * sqrt(static_cast<double>(D))))) {}
 
+  /// The lane's row i of the warpgroup's.
+  __device__ static int lane_row(int i) {
+    const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+    return thread / 32 * 16 + i * 8 + thread % 32 / 4;
+  }
   /// Takes the rows of queries [first, first + count).
   __device__ void place(const HopperRoute& p, int first, int count) {
-    const int thread = static_cast<int>(threadIdx.x) % warpgroup;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = thread / 32 * 16 + i * 8 + thread % 32 / 4;
-      query[i] = first + row / p.g;
-      head[i] = row % p.g;
-      end[i] = row / p.g < count ? p.end(query[i]) : init_;
+      const int query = lane_row(i) / p.g;
+      end[i] = query < count ? p.end(first + query) : init_;
     }
   }
   __device__ bool routes(int i) const {
@@ -150,8 +143,9 @@ class RouteRows {
       block.left(q_[step], row, step);
 #pragma unroll
       for (uint32_t& both : q_[step]) {
-        const float low = __uint_as_float(both << 16), high = __uint_as_float(both & 0xffff0000u);
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+        const __half2 pair =
+            __floats2half2_rn(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+        both = *reinterpret_cast<const uint32_t*>(&pair);
       }
     }
   }
@@ -173,7 +167,7 @@ class RouteRows {
   /// From there to what entmax_float.cuh takes, not shifted: -infinity where a row has no such
   /// candidate.
   __device__ void scale(float (&z)[8][4], int tile) const {
-    const int c0 = 64 * tile, lane_c0 = c0 + static_cast<int>(threadIdx.x) % 4 * 2;
+    const int c0 = 64 * tile;
     const bool whole = c0 >= init_ && c0 + 64 <= min(end[0], end[1]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -181,12 +175,14 @@ class RouteRows {
       for (int e = 0; e < 4; ++e) z[j][e] *= factor_;
     }
     if (__all_sync(0xffffffffu, whole)) return;
+    const int lane_c0 = c0 + static_cast<int>(threadIdx.x) % 4 * 2, from = init_ - lane_c0;
+    const int to[2] = {end[0] - lane_c0, end[1] - lane_c0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int c = lane_c0 + 8 * j + e % 2;
-        if (c < init_ || c >= end[e / 2]) z[j][e] = -INFINITY;
+        const int c = 8 * j + e % 2;
+        if (c < from || c >= to[e / 2]) z[j][e] = -INFINITY;
       }
     }
   }
@@ -236,7 +232,5 @@ class RowTile {
  private:
   float* at_;
 };
-
-#endif  // __CUDACC__
 
 }  // namespace entrain::cuda

@@ -1,0 +1,205 @@
+#pragma once
+// Thresholds of rows whose scores a warp sees once, 64 at a time, and then no more (see
+// route_hopper.cu).
+//
+// For alpha > 1 a row's support lies within 1 of its largest entry, so what may be in it is few: a
+// list in shared memory, to which entries are added as they come. The threshold of entries so far
+// is a lower bound of that of all: where a list is full, it drops those below.
+#include "kernels/cuda/entmax_float.cuh"
+
+namespace entrain::cuda {
+
+/// What sweep 1 finds of a warp's 16 rows: of each lane's two, the largest entry and the threshold
+/// (not shifted). A row's numbers are the same in the four lanes that share it.
+template <Curve curve>
+class Thresholds {
+ public:
+  static constexpr int capacity = 164;  // floats; four rows lie in different banks
+
+  float top[2] = {-INFINITY, -INFINITY};
+  float threshold[2] = {-INFINITY, -INFINITY};  // of the list; before, a lower bound
+  bool lost[2] = {false, false};                // not all of the support is in the list
+
+  __device__ Thresholds(const FloatEntmax<curve>& entmax, float* lists)
+      : entmax_(entmax), lists_(lists), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+  __device__ void add(const float (&z)[8][4]) {
+    raise_bounds(z);
+    Found found = find(z);
+    if (__any_sync(0xffffffffu, overflows(found, 0) || overflows(found, 1))) {
+      solve(true);
+      found = find(z);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        lost[i] = lost[i] || overflows(found, i);
+        if (lost[i]) forget(found, i);
+      }
+    }
+    append(z, found);
+  }
+  __device__ void finish() {
+    solve(false);
+  }
+
+ private:
+  /// Entries above the bound: a bit for each, from 16 on for the lane's second row; how many there
+  /// are in the lanes before, and in all four, the second row's times 2^16.
+  struct Found {
+    uint32_t bits, before, total;
+  };
+
+  __device__ void raise_bounds(const float (&z)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float best = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) best = fmaxf(best, fmaxf(z[j][2 * i], z[j][2 * i + 1]));
+      top[i] = fmaxf(top[i], Lanes(4).max(best));
+      threshold[i] = fmaxf(threshold[i], top[i] - 1);
+    }
+  }
+  __device__ Found find(const float (&z)[8][4]) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (z[j][e] > threshold[e / 2]) bits |= 1u << bit(j, e);
+      }
+    }
+    const uint32_t count = __popc(bits & 0xffffu) | __popc(bits >> 16) << 16;
+    uint32_t sum = count;  // of the lanes up to this one
+#pragma unroll
+    for (int o = 1; o < 4; o *= 2) {
+      const uint32_t below = __shfl_up_sync(0xffffffffu, sum, o, 4);
+      if (lane_ % 4 >= o) sum += below;
+    }
+    Found found = {bits, sum - count, __shfl_sync(0xffffffffu, sum, 3, 4)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lost[i]) forget(found, i);
+    }
+    return found;
+  }
+  __device__ static void forget(Found& found, int i) {
+    found.bits &= ~(0xffffu << 16 * i);
+    found.total &= ~(0xffffu << 16 * i);
+  }
+  __device__ static constexpr int bit(int j, int e) {
+    return e / 2 * 16 + 2 * j + e % 2;
+  }
+  __device__ static int part(uint32_t both, int i) {
+    return both >> 16 * i & 0xffffu;
+  }
+  __device__ bool overflows(const Found& found, int i) const {
+    return size_[i] + part(found.total, i) > capacity;
+  }
+  __device__ void append(const float (&z)[8][4], const Found& found) {
+    if (found.bits != 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float* to = lists_ + (lane_ / 4 + 8 * i) * capacity + size_[i] + part(found.before, i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int e = 2 * i; e < 2 * i + 2; ++e) {
+            if (found.bits >> bit(j, e) & 1) *to++ = z[j][e];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) size_[i] += part(found.total, i);
+  }
+
+  /// Finds the lists' thresholds, four rows at a time, and, where asked to, drops entries that are
+  /// not above them.
+  __device__ void solve(bool drop) {
+    const int rank = lane_ % row_lanes;
+#pragma unroll 1
+    for (int k = 0; k < 4; ++k) {
+      const int owner = k % 2 * 16 + lane_ / row_lanes * 4;  // the first lane of the row's four
+      int size = __shfl_sync(0xffffffffu, k < 2 ? size_[0] : size_[1], owner);
+      const float bound = __shfl_sync(0xffffffffu, k < 2 ? threshold[0] : threshold[1], owner);
+      float* row = lists_ + (4 * k + lane_ / row_lanes) * capacity;
+      if (size + rank < (size + 3) / 4 * 4) row[size + rank] = -INFINITY;
+      __syncwarp();
+      const float t = entmax_.threshold(row, size, bound);
+      if (drop) size = keep_above(t, row, size);
+      const float row_t = __shfl_sync(0xffffffffu, t, lane_ / 4 % 4 * row_lanes);
+      const int row_size = __shfl_sync(0xffffffffu, size, lane_ / 4 % 4 * row_lanes);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (lane_ / 16 + 2 * i == k) {
+          threshold[i] = row_t;
+          size_[i] = row_size;
+        }
+      }
+    }
+    __syncwarp();
+  }
+  /// How many of a row's entries are left; eight lanes a row, whole warps together.
+  __device__ int keep_above(float t, float* row, int size) const {
+    const int rank = lane_ % row_lanes, shift = lane_ - rank;
+    int kept = 0;
+    for (int c = rank; __any_sync(0xffffffffu, c - rank < size); c += row_lanes) {
+      const float a = c < size ? row[c] : -INFINITY;
+      const uint32_t all = __ballot_sync(0xffffffffu, a > t) >> shift & 0xffu;
+      __syncwarp();
+      if (a > t) row[kept + __popc(all & ((1u << rank) - 1))] = a;
+      kept += __popc(all);
+      __syncwarp();
+    }
+    return kept;
+  }
+
+  const FloatEntmax<curve>& entmax_;
+  float* const lists_;  // [16, capacity]
+  const int lane_;
+  int size_[2] = {0, 0};
+};
+
+/// For alpha = 1 the threshold is the log of the sum of exponentials, which needs no list.
+template <>
+class Thresholds<Curve::exponential> {
+ public:
+  static constexpr int capacity = 0;
+
+  float top[2] = {-INFINITY, -INFINITY};  // of the lane's own entries until finish()
+  float threshold[2];
+  bool lost[2] = {false, false};
+
+  __device__ Thresholds(const FloatEntmax<Curve::exponential>&, float*) {}
+
+  __device__ void add(const float (&z)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float best = top[i];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) best = fmaxf(best, fmaxf(z[j][2 * i], z[j][2 * i + 1]));
+      raise(i, best);
+      const float base = best == -INFINITY ? 0 : best;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        sum_[i] += expf(z[j][2 * i] - base) + expf(z[j][2 * i + 1] - base);
+      }
+    }
+  }
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      raise(i, Lanes(4).max(top[i]));
+      threshold[i] = top[i] + logf(Lanes(4).sum(sum_[i]));
+    }
+  }
+
+ private:
+  __device__ void raise(int i, float to) {
+    if (to > top[i]) sum_[i] *= expf(top[i] - to);
+    top[i] = to;
+  }
+
+  float sum_[2] = {0, 0};
+};
+
+}  // namespace entrain::cuda
