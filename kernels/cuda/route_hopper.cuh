@@ -169,10 +169,11 @@ class RouteRows {
   __device__ void scale(float (&z)[8][4], int tile) const {
     const int c0 = 64 * tile;
     const bool whole = c0 >= init_ && c0 + 64 <= min(end[0], end[1]);
+    // Not part of an fma, so that it has the same bits whatever a sweep makes of it.
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) z[j][e] *= factor_;
+      for (int e = 0; e < 4; ++e) z[j][e] = __fmul_rn(z[j][e], factor_);
     }
     if (__all_sync(0xffffffffu, whole)) return;
     const int lane_c0 = c0 + static_cast<int>(threadIdx.x) % 4 * 2, from = init_ - lane_c0;

@@ -1,15 +1,14 @@
-// The way back through DashAttention's router on Hopper, first half: from sums of dS to gradients
-// of the routing weights and of the queries.
+// The way back through DashAttention's router on Hopper, first half: from D, the sums of dS, to
+// gradients of the routing weights, dw, and of the queries.
 //
 // A thread block takes items: neighbouring queries of one kv head, 64 / g for each warpgroup. Tiles
 // of 64 summaries go through a ring of stages, which the warpgroups share, once a sweep:
 //
 //   sweep 1: z -> the largest entry of a row, from which tau counts
-//   sweep 2: z -> p, registers -> a tile in shared memory -> w -> x = 1 / (sigma g (w + eps)) on
-//   the
-//            support, 0 off it, scratch; sums of s, s x and s x D over a row
-//   between: dw = x (D - mean D over the support), D's place; sum of s dw / sum of s: centre
-//   sweep 3: z, dw -> dz = s (dw - centre), bf16, registers -> dq += dz kbar, registers
+//   sweep 2: z -> p, registers -> a tile in shared memory -> w -> x, scratch in L2: 1 / (sigma g
+//            (w + eps)) on the support, 0 off it; of rows, the sums of s, s x and s x D
+//   between: dw = x (D - mean D over the support), in D's place; centre = sum s dw / sum s
+//   sweep 3: z, dw -> dz, bf16, registers -> dq += dz kbar, registers
 //
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 6.7e7 pairs of a row and a candidate,
 // 2 D operations for each in seven products: 1.2e11, 0.12 ms at 989 TFLOP/s; summaries from L2,
@@ -83,11 +82,15 @@ class QueryRows {
     own_.next();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      row_[i] = rows_.routes(i) ? rows_.query[i] - first_ : 0;
+      row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
       numbers_[i] = {0, 0, rows_.end[i]};
     }
   }
 
+  /// Of the thread's row i, within the group.
+  __device__ __forceinline__ int head(int i) const {
+    return rows_.lane_row(i) % p_.route.g;
+  }
   __device__ __forceinline__ uint32_t stage() const {
     return shared_ + Shape::stages_at + ring_.stage * Shape::stage_bytes;
   }
@@ -118,7 +121,7 @@ class QueryRows {
     for (int i = 0; i < 2; ++i) {
       top[i] = Lanes(4).max(top[i]);
       if (!rows_.routes(i)) continue;
-      const int64_t at = p_.route.at_row(item_, rows_.query[i], rows_.head[i]);
+      const int64_t at = p_.route.at_row(item_, first_ + row_[i], head(i));
       numbers_[i].threshold = top[i] + static_cast<float>(p_.tau[at]);
     }
   }
@@ -204,15 +207,13 @@ class QueryRows {
 
   /// The centres, and what the second half wants to know.
   __device__ __forceinline__ void put_numbers() {
-    const int thread = static_cast<int>(threadIdx.x) % warpgroup;
-    RowNumbers* to =
-        p_.rows_of(item_, first_ / p_.route.queries) + thread / 32 * 16 + thread % 32 / 4;
+    RowNumbers* to = p_.rows_of(item_, first_ / p_.route.queries);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float sum = Lanes(4).sum(sum_[i]), sum_x = Lanes(4).sum(sum_x_[i]);
       const float sum_xd = Lanes(4).sum(sum_xd_[i]);
       if (sum > 0) numbers_[i].centre = (sum_xd - means_[row_[i]] * sum_x) / sum;
-      if (count_ > 0 && thread % 4 == 0) to[8 * i] = numbers_[i];
+      if (count_ > 0 && threadIdx.x % 4 == 0) to[rows_.lane_row(i)] = numbers_[i];
     }
   }
 
@@ -252,7 +253,7 @@ class QueryRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      bf16* row = dq.at(item_.b, item_.r * p_.route.g + rows_.head[i], rows_.query[i]);
+      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head(i), first_ + row_[i]);
       auto* at = reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
       uint32_t old[D / 8];
 #pragma unroll
@@ -276,8 +277,8 @@ class QueryRows {
   Ring<1> own_;
   RouteRows<D> rows_;
   RouteItem item_;
-  int first_, count_;      // queries
-  int row_[2];             // the queries of the thread's rows, from first_ on
+  int first_, count_;  // queries
+  int row_[2];         // queries of the thread's rows, from first_ on; 0 where they do not route
   RowNumbers numbers_[2];  // of these rows
   float sum_[2], sum_x_[2], sum_xd_[2];
 };
@@ -383,8 +384,8 @@ struct BackwardScratch {
 
 int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar) {
   const int64_t D = q[3], g = kbar[1] > 0 ? q[1] / kbar[1] : 0;
-  if ((D != 64 && D != 128) || g < 1 || g > block_rows || kbar.numel() == 0 || !on_hopper())
-    return 0;
+  const bool fits = (D == 64 || D == 128) && g >= 1 && g <= block_rows && kbar.numel() > 0;
+  if (!fits || !on_hopper()) return 0;
   return BackwardScratch(backward_sizes(q, kbar), q, kbar).bytes / int64_t{sizeof(double)};
 }
 

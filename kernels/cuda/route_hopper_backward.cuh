@@ -53,8 +53,6 @@ struct HopperRouteBackward {
 void hopper_route_dkbar(const HopperRouteBackward& p, const CUtensorMap& q,
                         const Summaries& summaries, double* dkbar);
 
-#ifdef __CUDACC__
-
 /// Starts copies of a tile's columns of the warpgroup's rows of dbias, `count` queries from `from`
 /// on, to the first rows of a table; zeros after the last query and chunk.
 __device__ __forceinline__ void copy_columns(const RowTile& to, const float* from,
@@ -67,7 +65,7 @@ __device__ __forceinline__ void copy_columns(const RowTile& to, const float* fro
   }
 }
 
-/// From scores to their gradients. dw: the tile's, row[i] that of the thread's rows' queries.
+/// From a tile's scores to their gradients. row: of dw, for the thread's two rows.
 template <class Entmax>
 __device__ __forceinline__ void score_gradients(float (&z)[8][4], const Entmax& entmax,
                                                 const RowNumbers (&numbers)[2], const RowTile& dw,
@@ -76,7 +74,7 @@ __device__ __forceinline__ void score_gradients(float (&z)[8][4], const Entmax& 
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const auto& [threshold, centre, end] = numbers[i];
+      const float threshold = numbers[i].threshold, centre = numbers[i].centre;
       const float2 d = dw.pair(row[i], j);
       float* both = &z[j][2 * i];
       both[0] = entmax.weight(both[0], threshold) * (d.x - centre);
@@ -85,6 +83,16 @@ __device__ __forceinline__ void score_gradients(float (&z)[8][4], const Entmax& 
   }
 }
 
-#endif  // __CUDACC__
+/// Writes an accumulator, rounded, to a block of one panel.
+__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
+    *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
+    *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
+  }
+}
 
 }  // namespace entrain::cuda

@@ -32,18 +32,6 @@ struct ChunkHalf {
   static constexpr int shared_bytes = 1024 + barriers_at + 8 * (2 * stages + 1);
 };
 
-/// An accumulator, rounded, to a block of one panel.
-__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {
-  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
-    *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
-    *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
-  }
-}
-
 /// What a thread block has to do.
 struct ChunkItem {
   RouteItem of;  // its tiles are the warpgroups'
@@ -73,10 +61,10 @@ __device__ __forceinline__ void sum_chunks(const HopperRouteBackward& p, const C
   const uint32_t summaries = shared_address(memory) + mine * 2 * Shape::block_bytes;
   char* const dz = memory + Shape::dz_at + mine * panel_bytes;
   const RowTile dw(memory + Shape::dw_at + mine * RowTile::bytes);
-  const int lane_row = thread % warpgroup / 32 * 16 + thread % 32 / 4;
   RouteRows<D> rows(p.route);
-  rows.place(p.route, 0, p.route.queries);
-  const int row[2] = {max(rows.query[0], 0), max(rows.query[1], 0)};
+  int row[2];  // of dw; nobody's rows take the last
+#pragma unroll
+  for (int i = 0; i < 2; ++i) row[i] = min(rows.lane_row(i) / p.route.g, p.route.queries - 1);
   const int first = max(item.begin, p.first_row_tile(tile));
 
   float sum[D / 8][4] = {};
@@ -93,8 +81,8 @@ __device__ __forceinline__ void sum_chunks(const HopperRouteBackward& p, const C
       continue;
     }
     const int query = t * p.route.queries;
-    const RowNumbers* at = p.rows_of(item.of, t) + lane_row;
-    const RowNumbers numbers[2] = {at[0], at[8]};
+    const RowNumbers* at = p.rows_of(item.of, t);
+    const RowNumbers numbers[2] = {at[rows.lane_row(0)], at[rows.lane_row(1)]};
     copy_columns(dw, p.dbias_of(item.of, query), p.route, tile, p.route.N - query);
     const Block q{shared_address(memory) + Shape::ring_at + stage * Shape::block_bytes};
     ring.wait_full();
@@ -124,11 +112,14 @@ __device__ __forceinline__ void sum_chunks(const HopperRouteBackward& p, const C
   pin(sum);
   if (first >= item.end) return;
   const int head = item.of.b * p.route.Hkv + item.of.r;
-  float* to = p.sums_of(head, item.segment, tile) + lane_row * D + thread % 4 * 2;
+  float* to = p.sums_of(head, item.segment, tile) + thread % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < D / 8; ++j) {
-    *reinterpret_cast<float2*>(to + 8 * j) = make_float2(sum[j][0], sum[j][1]);
-    *reinterpret_cast<float2*>(to + 8 * D + 8 * j) = make_float2(sum[j][2], sum[j][3]);
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      *reinterpret_cast<float2*>(to + rows.lane_row(i) * D + 8 * j) =
+          make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
+    }
   }
 }
 
