@@ -3,7 +3,8 @@
 // same in double, kernels/cpu/entmax.h has the mathematics.
 //
 // A row holds a = (alpha - 1) (z - max z), or z - max z for alpha = 1, and -infinity from its last
-// entry up to a multiple of four: eight lanes share it, four neighbouring entries each at a time.
+// entry up to a multiple of four: lanes share it, eight unless said otherwise, four neighbouring
+// entries each at a time.
 #include "kernels/cuda/entmax_row.cuh"
 
 namespace entrain::cuda {
@@ -11,10 +12,10 @@ namespace entrain::cuda {
 constexpr int row_lanes = 8;
 
 /// Calls f(four entries, their first column) for a lane's entries of the first n of a row.
-template <class F>
+template <int lanes = row_lanes, class F>
 __device__ __forceinline__ void for_fours(float* row, int n, F f) {
 #pragma unroll 2
-  for (int c = 4 * (threadIdx.x % row_lanes); c < n; c += 4 * row_lanes) {
+  for (int c = 4 * (threadIdx.x % lanes); c < n; c += 4 * lanes) {
     f(*reinterpret_cast<float4*>(row + c), c);
   }
 }
@@ -66,11 +67,12 @@ struct FloatEntmax {
 
   /// The threshold of a shifted row, or for alpha > 1 of any row from a lower bound on: its largest
   /// entry less 1, or what it had with fewer entries. All lanes of a warp together.
+  template <int of_row = row_lanes>
   __device__ float threshold(float* row, int n, float bound = -1) const {
-    const Lanes lanes(row_lanes);
+    const Lanes lanes(of_row);
     if (curve == Curve::exponential) {
       float sum = 0;
-      for_fours(row, n, [&](const float4& a, int) {
+      for_fours<of_row>(row, n, [&](const float4& a, int) {
         sum += expf(a.x) + expf(a.y) + (expf(a.z) + expf(a.w));
       });
       return logf(lanes.sum(sum));
@@ -79,7 +81,7 @@ struct FloatEntmax {
     bool moves = n > 0;
     for (int step = 0; step < most_steps && __any_sync(0xffffffffu, moves); ++step) {
       float f = 0, df = 0, f2 = 0, df2 = 0;
-      for_fours(row, moves ? n : 0, [&](const float4& a, int) {
+      for_fours<of_row>(row, moves ? n : 0, [&](const float4& a, int) {
         add(a.x - t, f, df);
         add(a.y - t, f2, df2);
         add(a.z - t, f, df);

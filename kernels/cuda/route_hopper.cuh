@@ -227,7 +227,7 @@ class RowTile {
     float sum = 0;
 #pragma unroll 4
     for (int h = 0; h < g; ++h) sum += from[h * step];
-    return sum / static_cast<float>(g);
+    return sum * (1 / static_cast<float>(g));
   }
 
  private:
