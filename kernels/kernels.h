@@ -180,8 +180,8 @@ struct Kernels {
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                   const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read) const;
   static int64_t dash_route_scratch(const Shape& q, const Shape& kbar);
-  /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D].
-  /// scratch: f64 [dash_route_backward_scratch()].
+  /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D]. What dbias holds
+  /// afterwards is of no use: it may be written over. scratch: f64 [dash_route_backward_scratch()].
   void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                            Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
   static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);

@@ -249,7 +249,7 @@ using namespace cuda;
 
 template <>
 int64_t Kernels<Device::cuda>::dash_route_backward_scratch(const Shape& q, const Shape& kbar) {
-  return kbar.numel() * backward_parts(q, kbar);
+  return std::max(kbar.numel() * backward_parts(q, kbar), hopper_route_backward_scratch(q, kbar));
 }
 
 template <>
@@ -258,6 +258,7 @@ void Kernels<Device::cuda>::dash_route_backward(Tensor q, Tensor kbar, const Das
                                                 Tensor dkbar, Tensor scratch) const {
   if (dkbar.numel() == 0) return;
   check_pairs("dq", dq_sum);
+  if (route_backward_hopper(q, kbar, routing, tau, dbias, dq_sum, dkbar, scratch)) return;
   const int64_t parts = backward_parts(q.shape, kbar.shape);
   if (route_backward_bf16(q, kbar, routing, tau, dbias, dq_sum, dkbar, parts, scratch)) return;
   const RouteShape s = route_shape(q, kbar, routing, 0);

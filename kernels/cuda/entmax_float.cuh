@@ -3,8 +3,8 @@
 // same in double, kernels/cpu/entmax.h has the mathematics.
 //
 // A row holds a = (alpha - 1) (z - max z), or z - max z for alpha = 1, and -infinity from its last
-// entry up to a multiple of four: eight lanes share it, or more, four neighbouring entries each at
-// a time.
+// entry up to a multiple of four: lanes share it, eight unless said otherwise, four neighbouring
+// entries each at a time.
 #include "kernels/cuda/entmax_row.cuh"
 
 namespace entrain::cuda {

@@ -5,7 +5,7 @@
 // sweep:
 //
 //   sweep 1: z -> the largest entry of a row; what is within 1 of it may be in the support: a list
-//            of 164 in shared memory, from which Newton's steps find the threshold (8 lanes a row)
+//            of 144 in shared memory, from which Newton's steps find the threshold (4 lanes a row)
 //   sweep 2: z -> p, registers -> a tile in shared memory -> w, mask, bias (a warp a query, lanes
 //            along the chunks: a ballot makes half a word of the mask, stores are whole lines)
 //
@@ -63,6 +63,7 @@ struct Layout {
 /// How warpgroups and the warp that copies agree on sweeps after the first: each phase of a barrier
 /// says who wants another sweep after the one that begins. Two phases' answers are kept: nobody is
 /// more than one ahead.
+template <int groups>
 class Agreement {
  public:
   static constexpr int arrivals = 4 * groups + 1;  // warps
@@ -90,28 +91,14 @@ class Agreement {
   uint32_t phase_ = 0;
 };
 
-/// By a warp: what the router reads for an item.
-__device__ void count_reads(const HopperRoute& p, const RouteItem& item, double* read) {
-  int entries = 0;  // whole numbers: the order of adding them does not show
-  const int end = min(item.first + groups * p.queries, p.N);
-  for (int i = item.first + static_cast<int>(threadIdx.x) % 32; i < end; i += 32) {
-    entries += p.end(i) - p.init();
-  }
-  entries = __reduce_add_sync(0xffffffffu, entries);
-  if (threadIdx.x % 32 != 0) return;
-  double* fields = read + item.r * read_fields;
-  atomicAdd(fields + read_router, static_cast<double>(entries));
-  atomicAdd(fields + read_flops, static_cast<double>(int64_t{6} * entries * p.g * p.D));
-}
-
 /// The warp that copies summaries ahead.
 template <int D>
 __device__ void copy_summaries(const CUtensorMap& high, const CUtensorMap& low,
                                const HopperRoute& p, double* read, uint32_t stages,
-                               Ring<Layout<D>::stages> ring, Agreement agreement) {
+                               Ring<Layout<D>::stages> ring, Agreement<groups> agreement) {
   for_items(p.items(groups), [&](int index) {
     const RouteItem item = p.item(index, groups);
-    if (read) count_reads(p, item, read);
+    if (read) count_reads(p, item, groups * p.queries, read);
     if (threadIdx.x % 32 != 0 || item.begin == item.end) return;
     auto sweep = [&] {
       for (int tile = item.begin; tile < item.end; ++tile) {
@@ -133,7 +120,7 @@ __device__ void copy_summaries(const CUtensorMap& high, const CUtensorMap& low,
 template <int D, Curve curve>
 __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const HopperRouteOutput& out,
                            const FloatEntmax<curve>& entmax, char* memory,
-                           Ring<Layout<D>::stages> ring, Agreement agreement) {
+                           Ring<Layout<D>::stages> ring, Agreement<groups> agreement) {
   using Shape = Layout<D>;
   const auto thread = static_cast<int>(threadIdx.x);
   const int group = thread / warpgroup, meeting = 1 + group, warp = thread % warpgroup / 32;
@@ -260,12 +247,12 @@ __global__ void __launch_bounds__(threads, 1)
   if (threadIdx.x == 0) {
     Ring<Shape::stages>::init(ring.barriers, 4 * groups);
     for (int i = 0; i < groups; ++i) barrier_init(ring.barriers + 8 * (Shape::own + i), 1);
-    barrier_init(agreed, Agreement::arrivals);
+    barrier_init(agreed, Agreement<groups>::arrivals);
     barrier_init_done();
   }
   __syncthreads();
 
-  const Agreement agreement(agreed, reinterpret_cast<int*>(memory + Shape::wants_at));
+  const Agreement<groups> agreement(agreed, reinterpret_cast<int*>(memory + Shape::wants_at));
   if (threadIdx.x / warpgroup == groups) {
     fewer_registers<32>();
     if (threadIdx.x % warpgroup >= 32) return;

@@ -169,10 +169,11 @@ class RouteRows {
   __device__ void scale(float (&z)[8][4], int tile) const {
     const int c0 = 64 * tile;
     const bool whole = c0 >= init_ && c0 + 64 <= min(end[0], end[1]);
+    // Not part of an fma, so that it has the same bits whatever a sweep makes of it.
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) z[j][e] *= factor_;
+      for (int e = 0; e < 4; ++e) z[j][e] = __fmul_rn(z[j][e], factor_);
     }
     if (__all_sync(0xffffffffu, whole)) return;
     const int lane_c0 = c0 + static_cast<int>(threadIdx.x) % 4 * 2, from = init_ - lane_c0;
@@ -203,6 +204,11 @@ class RowTile {
   static constexpr int step = 72, bytes = 64 * step * 4;  // pairs of four rows in different banks
 
   __device__ explicit RowTile(void* at) : at_(static_cast<float*>(at)) {}
+  __device__ float* at(int row, int column) const { return at_ + row * step + column; }
+  /// The two of a row that the thread has in accumulators' columns [8 j, 8 j + 8).
+  __device__ float2 pair(int row, int j) const {
+    return *reinterpret_cast<const float2*>(at(row, 8 * j + static_cast<int>(threadIdx.x) % 4 * 2));
+  }
   __device__ void put(const float (&p)[8][4]) const {
     const int thread = static_cast<int>(threadIdx.x) % warpgroup;
     float* to = at_ + (thread / 32 * 16 + thread % 32 / 4) * step + thread % 4 * 2;
@@ -221,7 +227,7 @@ class RowTile {
     float sum = 0;
 #pragma unroll 4
     for (int h = 0; h < g; ++h) sum += from[h * step];
-    return sum / static_cast<float>(g);
+    return sum * (1 / static_cast<float>(g));
   }
 
  private:

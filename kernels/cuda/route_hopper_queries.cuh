@@ -124,4 +124,19 @@ class Queries {
   int support_ = 0;
 };
 
+/// Adds what the router reads for an item, by a warp.
+__device__ inline void count_reads(const HopperRoute& p, const RouteItem& item, int queries,
+                                   double* read) {
+  int entries = 0;  // whole numbers: the order of adding them does not show
+  const int end = min(item.first + queries, p.N);
+  for (int i = item.first + static_cast<int>(threadIdx.x) % 32; i < end; i += 32) {
+    entries += p.end(i) - p.init();
+  }
+  entries = __reduce_add_sync(0xffffffffu, entries);
+  if (threadIdx.x % 32 != 0) return;
+  double* fields = read + item.r * read_fields;
+  atomicAdd(fields + read_router, static_cast<double>(entries));
+  atomicAdd(fields + read_flops, static_cast<double>(int64_t{6} * entries * p.g * p.D));
+}
+
 }  // namespace entrain::cuda

@@ -14,7 +14,7 @@ namespace entrain::cuda {
 template <Curve curve>
 class Thresholds {
  public:
-  static constexpr int capacity = 164;  // floats; four rows lie in different banks
+  static constexpr int capacity = 144;  // floats; two rows lie in different banks
 
   float top[2] = {-INFINITY, -INFINITY};
   float threshold[2] = {-INFINITY, -INFINITY};  // of the list; before, a lower bound
@@ -98,7 +98,7 @@ class Thresholds {
     if (found.bits != 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float* to = lists_ + (lane_ / 4 + 8 * i) * capacity + size_[i] + part(found.before, i);
+        float* to = list(i) + size_[i] + part(found.before, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -112,45 +112,34 @@ class Thresholds {
     for (int i = 0; i < 2; ++i) size_[i] += part(found.total, i);
   }
 
-  /// Finds the lists' thresholds, four rows at a time, and, where asked to, drops entries that are
-  /// not above them.
+  /// Finds the lists' thresholds and, where asked to, drops entries that are not above them.
   __device__ void solve(bool drop) {
-    const int rank = lane_ % row_lanes;
-#pragma unroll 1
-    for (int k = 0; k < 4; ++k) {
-      const int owner = k % 2 * 16 + lane_ / row_lanes * 4;  // the first lane of the row's four
-      int size = __shfl_sync(0xffffffffu, k < 2 ? size_[0] : size_[1], owner);
-      const float bound = __shfl_sync(0xffffffffu, k < 2 ? threshold[0] : threshold[1], owner);
-      float* row = lists_ + (4 * k + lane_ / row_lanes) * capacity;
-      if (size + rank < (size + 3) / 4 * 4) row[size + rank] = -INFINITY;
-      __syncwarp();
-      const float t = entmax_.threshold(row, size, bound);
-      if (drop) size = keep_above(t, row, size);
-      const float row_t = __shfl_sync(0xffffffffu, t, lane_ / 4 % 4 * row_lanes);
-      const int row_size = __shfl_sync(0xffffffffu, size, lane_ / 4 % 4 * row_lanes);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (lane_ / 16 + 2 * i == k) {
-          threshold[i] = row_t;
-          size_[i] = row_size;
-        }
-      }
-    }
-    __syncwarp();
-  }
-  /// How many of a row's entries are left; eight lanes a row, whole warps together.
-  __device__ int keep_above(float t, float* row, int size) const {
-    const int rank = lane_ % row_lanes, shift = lane_ - rank;
-    int kept = 0;
-    for (int c = rank; __any_sync(0xffffffffu, c - rank < size); c += row_lanes) {
-      const float a = c < size ? row[c] : -INFINITY;
-      const uint32_t all = __ballot_sync(0xffffffffu, a > t) >> shift & 0xffu;
+    for (int i = 0; i < 2; ++i) {
+      float* row = list(i);
+      const int end = (size_[i] + 3) / 4 * 4, pad = size_[i] + lane_ % 4;
+      if (pad < end) row[pad] = -INFINITY;
       __syncwarp();
-      if (a > t) row[kept + __popc(all & ((1u << rank) - 1))] = a;
+      threshold[i] = entmax_.template threshold<4>(row, size_[i], threshold[i]);
+      if (drop) size_[i] = keep_above(threshold[i], row, size_[i]);
+    }
+  }
+  /// How many of a row's entries are left; whole warps together.
+  __device__ int keep_above(float t, float* row, int size) const {
+    const int rank = lane_ % 4;
+    int kept = 0;
+    for (int c = rank; __any_sync(0xffffffffu, c - rank < size); c += 4) {
+      const float a = c < size ? row[c] : -INFINITY;
+      const uint32_t all = __ballot_sync(0xffffffffu, a > t) >> (lane_ - rank) & 0xfu;
+      if (a > t) row[kept + __popc(all & ((1u << rank) - 1))] = a;  // what all have read
       kept += __popc(all);
       __syncwarp();
     }
     return kept;
+  }
+  /// Of the lane's row i.
+  __device__ float* list(int i) const {
+    return lists_ + (lane_ / 4 + 8 * i) * capacity;
   }
 
   const FloatEntmax<curve>& entmax_;
