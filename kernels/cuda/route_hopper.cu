@@ -13,6 +13,9 @@
 // what has left the support; where even the support is too long, each of Newton's steps is one more
 // sweep between the two. A warpgroup says, sweep by sweep, whether it wants another.
 //
+// Registers: queries in f16 (32 where D = 128) and z (32). A few bytes of an item's state are
+// spilled, none of them in a sweep.
+//
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 6.7e7 pairs of a row and a candidate,
 // 2 D operations in each of two parts and two sweeps: 6.9e10, 70 us at 989 TFLOP/s; summaries from
 // L2, 2731 items of 2.5 tiles of 32 KB twice, 0.44 GB, 80 us beside it; about 20 other operations a

@@ -56,7 +56,7 @@ const Case cases[] = {
     {1, 5, 1, 50, 64, {.chunk = 16, .sigma = 1, .prior_eps = 1e-2}, 1.5, 0.01, 11000},
     {1, 8, 2, 60, 128, {.chunk = 16, .sigma = 1, .prior_eps = 1e-2}, 1.25, 0.05, 9000},
     {1, 4, 4, 140, 64, {.chunk = 4, .sigma = 1, .prior_eps = 0.1}, 2, 0.02, 2000},
-    {1, 64, 1, 9, 64, {.chunk = 16, .prior_eps = 0.1, .local_blocks = 0}, 1.5, 20, 2000},
+    {1, 64, 1, 9, 64, {.chunk = 16, .prior_eps = 0.1, .local_blocks = 0}, 1.5, 8, 2000},
     {1, 8, 1, 20, 64, {.chunk = 4, .sigma = 1, .prior_eps = 1e-2}, 1, 3, 3000},
 };
 
