@@ -1,5 +1,7 @@
 // Attention over blocks of keys of random shapes, against the CPU's in double: what Hopper's
 // block-sparse engine takes and, beside it, what it leaves to the others.
+#include <sstream>
+
 #include "tests/kernels/attention_twin.h"
 
 namespace entrain {
@@ -37,12 +39,13 @@ AttentionSetup random_setup(uint64_t seed) {
 std::string describe(const AttentionSetup& setup, uint64_t seed, DType real) {
   const auto& [B, Hq, Hkv, N, D] = setup.s;
   const AttentionOptions& o = setup.o;
-  std::string text = "seed " + std::to_string(seed) + " " + name_of(real);
+  std::ostringstream text;
+  text << "seed " << seed << ' ' << name_of(real);
   for (const int64_t x : {B, Hq, Hkv, N, D, o.block, o.window, o.keys.length, o.keys.stride}) {
-    text += " " + std::to_string(x);
+    text << ' ' << x;
   }
-  return text + (o.mask ? " mask" : "") + (o.bias ? " bias" : "") + " density " +
-         std::to_string(o.density);
+  text << (o.mask ? " mask" : "") << (o.bias ? " bias" : "") << " density " << o.density;
+  return text.str();
 }
 
 TEST(SparseAttention, RandomProblemsAreTheCpus) {
