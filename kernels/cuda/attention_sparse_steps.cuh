@@ -49,7 +49,7 @@ struct Work {
 };
 
 /// What comes with a step's rows.
-struct Step {
+struct alignas(16) Step {
   enum Kind : int { whole, part, end };  // all rows see the whole tile; some do not; no step
 
   float log_sums[block_rows], deltas[block_rows], biases[block_rows];
