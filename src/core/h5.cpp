@@ -190,13 +190,30 @@ void chunk(hid_t creation, const Shape& shape, size_t element) {
   H5Pset_chunk(creation, shape.rank, extent);
 }
 
+/// Keeps the time out of an object, so that files of the same contents are the same bytes.
+void without_times(hid_t creation) {
+  H5Pset_obj_track_times(creation, false);
+}
+
+/// Creates the groups in `name` that end with a slash, where there are none yet.
+void create_groups(hid_t file, const std::string& path, const std::string& name) {
+  const Id creation(H5Pcreate(H5P_GROUP_CREATE), H5Pclose);
+  without_times(creation);
+  for (size_t end = name.find('/', 1); end != name.npos; end = name.find('/', end + 1)) {
+    const std::string group = name.substr(0, end);
+    if (exists(file, group)) continue;
+    const Id created(H5Gcreate2(file, group.c_str(), H5P_DEFAULT, creation, H5P_DEFAULT), H5Gclose);
+    if (!created.ok()) write_failed(path, group);
+  }
+}
+
 /// Creates a dataset and the groups on the way to it.
 Id create_dataset(hid_t file, const std::string& path, const std::string& name, DType dtype,
                   hid_t space, hid_t creation) {
-  const Id links(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
-  H5Pset_create_intermediate_group(links, 1);
+  create_groups(file, path, name);
+  without_times(creation);
   const hid_t dataset =
-      H5Dcreate2(file, name.c_str(), native(dtype), space, links, creation, H5P_DEFAULT);
+      H5Dcreate2(file, name.c_str(), native(dtype), space, H5P_DEFAULT, creation, H5P_DEFAULT);
   if (dataset < 0) write_failed(path, name);
   return {dataset, H5Dclose};
 }
@@ -267,12 +284,7 @@ T read_number(hid_t file, const std::string& path, const std::string& object,
 void write_attribute(hid_t file, const std::string& path, const std::string& object,
                      const std::string& name, hid_t type, const void* value) {
   const std::string at = object_name(object), where = at + "@" + name;
-  if (!exists(file, at)) {
-    const Id links(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
-    H5Pset_create_intermediate_group(links, 1);
-    const Id group(H5Gcreate2(file, at.c_str(), links, H5P_DEFAULT, H5P_DEFAULT), H5Gclose);
-    if (!group.ok()) write_failed(path, where);
-  }
+  if (!exists(file, at)) create_groups(file, path, at + '/');
   if (H5Aexists_by_name(file, at.c_str(), name.c_str(), H5P_DEFAULT) > 0)
     H5Adelete_by_name(file, at.c_str(), name.c_str(), H5P_DEFAULT);
   const Id space(H5Screate(H5S_SCALAR), H5Sclose);
@@ -370,7 +382,9 @@ File File::create(const std::string& path) {
   // The newer layout checksums all metadata, so damage is reported instead of followed, and lets
   // attributes pass 64 KiB.
   H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_LATEST);
-  const hid_t id = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access);
+  const Id creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
+  without_times(creation);
+  const hid_t id = H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation, access);
   require(id >= 0, "{}: cannot create: {}", path, reason());
   return {path, std::make_shared<Handle>(id, true)};
 }

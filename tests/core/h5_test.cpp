@@ -4,8 +4,10 @@
 #include <hdf5.h>
 #include <sys/resource.h>
 
+#include <chrono>
 #include <csignal>
 #include <numeric>
+#include <thread>
 
 #include "tests/expect_error.h"
 #include "tests/temp_dir.h"
@@ -238,6 +240,21 @@ TEST(H5, FullDiskIsAnError) {
   after.write("x", Tensor::of(x.data(), {100000}));
   after.close();
   EXPECT_EQ(elements<float>(h5::File::open(dir / "b.h5"), "x"), x);
+}
+
+TEST(H5, FilesOfTheSameContentsAreTheSameBytes) {
+  TempDir dir;
+  const auto write = [&](const std::string& name) {
+    h5::File file = h5::File::create(dir / name);
+    float values[] = {1, 2, 3};
+    file.write("a/b/values", Tensor::of(values, {3}));
+    file.set("c/d", "number", int64_t{7});
+    file.close();
+  };
+  write("one.h5");
+  std::this_thread::sleep_for(std::chrono::milliseconds(1100));  // HDF5's times are in seconds
+  write("other.h5");
+  EXPECT_EQ(read_file(dir / "one.h5"), read_file(dir / "other.h5"));
 }
 
 }  // namespace
