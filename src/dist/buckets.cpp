@@ -16,8 +16,11 @@ void Buckets::add(Tensor stretch) {
 }
 
 void Buckets::wait() {
+  waiting_.reset();
+  waiting_.start();
   if (pending_) start();
   comm_.wait();
+  waiting_.stop();
 }
 
 void Buckets::start() {

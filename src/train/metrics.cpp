@@ -53,6 +53,7 @@ nlohmann::ordered_json to_json(const StepMetrics& m) {
           {"gamma", m.gamma},
           {"alpha", m.alpha},
           {"attention_seconds", m.attention_seconds},
+          {"waiting_seconds", m.waiting_seconds},
           {"seconds_left", m.seconds_left}};
 }
 

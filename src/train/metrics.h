@@ -25,6 +25,9 @@ struct StepMetrics {
   double gamma = 0.0;           // of the router; 0: it has none
   double alpha = 0.0;
   double attention_seconds = 0.0;  // of the step: forward and backward, mean of the ranks
+  // Of the step: when a rank had nothing to do until other ranks' gradients or parameters came,
+  // mean of the ranks. Sums that run beside the backward pass do not count.
+  double waiting_seconds = 0.0;
   double seconds_left = 0.0;
 };
 

@@ -293,6 +293,7 @@ StepMetrics Run::step() {
   m.gamma = gamma_used;
   if (const double* alpha = decoder_->attention().alpha()) m.alpha = *alpha;
   m.attention_seconds = result.attention_seconds;
+  m.waiting_seconds = result.waiting_seconds;
   m.seconds_left = step_seconds_ * static_cast<double>(config_.train.steps - step);
   return m;
 }

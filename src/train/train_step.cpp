@@ -32,6 +32,7 @@ TrainStep::TrainStep(const RunConfig& config, Decoder& decoder, TapeMemory& memo
             {.dtype = decoder.dtype(), .training = true, .recompute = config.train.recompute}),
       sums_(comm),
       optimizer_(decoder.params(), config.train.optim),
+      gathering_(decoder.device()),
       read_(decoder.read()) {
   const Shape batch{plan_.per_rank, config.data.seq_len};
   const Shape micro_batch{plan_.micro, config.data.seq_len};
@@ -102,10 +103,12 @@ const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) 
   }
   collect_read(comm_, read_, result_.read);
   const OpTime attention = tape_.time(".attention.");
-  result_.attention_seconds =
-      (attention.forward + attention.backward) * static_cast<double>(plan_.accumulate);
-  comm_.sum(&result_.attention_seconds, 1);
-  result_.attention_seconds /= comm_.size();
+  double seconds[] = {
+      (attention.forward + attention.backward) * static_cast<double>(plan_.accumulate),
+      sums_.waited_seconds() + gathering_.seconds()};
+  comm_.sum(seconds, 2);
+  result_.attention_seconds = seconds[0] / comm_.size();
+  result_.waiting_seconds = seconds[1] / comm_.size();
   return result_;
 }
 
@@ -114,7 +117,10 @@ const StepResult& TrainStep::run(int64_t step, int64_t first, Sampler& sampler) 
 void TrainStep::update() {
   optimizer_.update();
   if (!config_.train.shard_optimizer) return;
+  gathering_.reset();
+  gathering_.start();
   comm_.gather(decoder_.params().shards());
+  gathering_.stop();
   decoder_.params().round();
 }
 

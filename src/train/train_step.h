@@ -29,6 +29,7 @@ struct StepResult {
   double grad_norm = 0;  // before clipping
   double lr = 0;
   double attention_seconds = 0;  // forward and backward, mean of the ranks
+  double waiting_seconds = 0;    // for other ranks' gradients and parameters, mean of the ranks
   ReadReport read;
 };
 
@@ -56,6 +57,7 @@ class TrainStep {
   Tape tape_;
   Buckets sums_;  // of gradients, over ranks
   Optimizer optimizer_;
+  Stopwatch gathering_;  // of parameters
   Buffer batch_memory_, loss_memory_;
   Mirror batch_tokens_, batch_targets_;  // of the rank: [per_rank, seq_len]
   Tensor tokens_, targets_, loss_;       // of a micro-batch
