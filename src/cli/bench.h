@@ -22,6 +22,7 @@ struct AttentionSizes {
 /// Reads sizes written as `form` is, "Hq32,Hkv2,D128" or with more of them. Throws ConfigError.
 AttentionSizes parse_shape(const std::string& text, const std::string& form);
 
+void add_bench_train(CLI::App& bench);
 void add_bench_attention(CLI::App& bench);
 void add_bench_decode(CLI::App& bench);
 

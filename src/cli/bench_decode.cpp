@@ -95,8 +95,9 @@ class Decoding {
   }
   /// What one layer reads.
   ReadCounters::Read read() {
-    ReadCounters::Read all = counters_.during([&] { tape_->forward(); });
-    return {all.pairs / static_cast<double>(layers_), all.causal / static_cast<double>(layers_)};
+    const ReadCounters::Read all = counters_.during([&] { tape_->forward(); });
+    const auto layers = static_cast<double>(layers_);
+    return {all.pairs / layers, all.causal / layers, all.flops / layers};
   }
   /// Of summaries, in one layer.
   double summary_bytes() const { return summary_bytes_; }

@@ -19,6 +19,7 @@ ReadCounters::Read ReadCounters::during(const std::function<void()>& forward) {
   for (int64_t i = 0; i < fields.numel(); i += read_fields) {
     sum.pairs += fields.ptr<double>()[i + read_pairs];
     sum.causal += fields.ptr<double>()[i + read_causal];
+    sum.flops += fields.ptr<double>()[i + read_flops];
   }
   return sum;
 }

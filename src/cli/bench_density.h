@@ -13,7 +13,7 @@ class ReadCounters {
   explicit ReadCounters(Tensor read) : read_(read) {}
 
   struct Read {
-    double pairs, causal;
+    double pairs, causal, flops;
     double density() const { return pairs / causal; }
   };
   /// What `forward` reads.

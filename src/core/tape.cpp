@@ -127,7 +127,7 @@ void Tape::scope(const std::string& name, const std::function<void()>& body) {
 }
 
 void Tape::after_backward(std::function<void()> f) {
-  record("", {}, {}, nullptr, std::move(f));
+  record("after_backward", {}, {}, nullptr, std::move(f));
 }
 
 void Tape::run_forward(size_t begin, size_t end) {

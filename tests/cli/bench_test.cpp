@@ -1,5 +1,4 @@
-// `entrain bench attention` and `entrain bench decode` at sizes that take no time: what they print,
-// what they write, what they refuse.
+// `entrain bench` at sizes that take no time: what it prints, what it writes, what it refuses.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include "cli/bench_density.h"
 #include "tests/program.h"
 #include "tests/support.h"
+#include "tests/train/tiny_run.h"
 
 namespace entrain {
 namespace {
@@ -101,6 +101,35 @@ TEST_F(Bench, DecodingHasARowForEachBatchAndDensity) {
   EXPECT_EQ(rows,
             (std::vector<std::string>{"1 full", "1 dash", "1 dash", "3 full", "3 dash", "3 dash"}))
       << ended.out;
+}
+
+class BenchTrain : public TinyRun {
+ protected:
+  static std::string line(const std::string& arguments) {
+    return ENTRAIN_BINARY
+           " bench train --device cpu --n-layer 2 --d-model 32 --n-head 4 --n-kv-head 2 "
+           "--head-dim 8 --d-ff 48 --vocab 64 --batch 2 --tokens 128 --chunk 8 --repeats 2 " +
+           arguments;
+  }
+};
+
+TEST_F(BenchTrain, UnderMpirunIsTheStepOfAllRanks) {
+  for (const std::string shard : {"", " --shard-optimizer"}) {
+    const Ended ended = run(ranks(2, line("--method dash --density 0.4 --json" + shard)));
+    ASSERT_EQ(ended.code, 0) << ended.err;
+    const Json json = Json::parse(ended.out);  // one rank speaks
+    EXPECT_EQ(json["ranks"], 2);
+    EXPECT_GT(json["waiting_ms"], 0);
+    EXPECT_LT(json["waiting_ms"], json["step_ms"]);
+    const double tokens = 2 * 2 * 128;
+    EXPECT_NEAR(json["tokens_per_second"].get<double>() * json["step_ms"].get<double>(),
+                1000 * tokens, 1);
+    EXPECT_NEAR(json["density"], 0.4, 0.05);
+  }
+}
+
+TEST_F(BenchTrain, RefusesADensityWithoutARouter) {
+  expect_refusal(run(ranks(2, line("--method full --density 0.4"))), 2, {"attention full"});
 }
 
 TEST_F(Bench, RefusesShapesInOneLine) {

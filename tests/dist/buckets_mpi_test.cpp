@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "core/rng.h"
 #include "dist/buckets.h"
 #include "tests/mpi_main.h"
@@ -72,6 +75,21 @@ TEST(Buckets, SumsAreBitwiseTheSameAgain) {
       EXPECT_EQ(floats.values(), before);
     }
     before = floats.values();
+  }
+}
+
+TEST(Buckets, WaitingForALateRankIsMeasured) {
+  if (world().size() == 1) GTEST_SKIP() << "nobody to wait for";
+  Floats floats(noise());
+  Buckets buckets(world());
+  double none = 0;
+  world().sum(&none, 1);  // ranks begin together
+  if (world().rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  buckets.add(floats.tensor());
+  buckets.wait();
+  floats.values();  // which waits for the GPU
+  if (world().rank() > 0) {
+    EXPECT_GT(buckets.waited_seconds(), 0.2);
   }
 }
 

@@ -63,6 +63,9 @@ Trained train(const TokenStore& store, const RunConfig& config) {
     const StepResult& result = step->run(number, (number - 1) * config.train.global_batch, sampler);
     trained.losses.push_back(result.loss);
     trained.norms.push_back(result.grad_norm);
+    if (world().size() > 1) {
+      EXPECT_GT(result.waiting_seconds, 0);
+    }
   }
   const Moments moments = gather_moments(decoder.params(), world());
   trained.values = floats(decoder.params().values());
