@@ -96,9 +96,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
           for (int j = 0; j < together / 8; ++j) {
             x = fmaxf(x, fmaxf(s[m][j][2 * i], s[m][j][2 * i + 1]));
           }
-          x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-          x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-          most[m][i] = mine.off(m, i) ? -INFINITY : x * scale + bias[m][i];
+          most[m][i] = mine.off(m, i) ? -INFINITY : quad_max(x) * scale + bias[m][i];
           grows = grows || most[m][i] > top[m][i] + slack;
         }
       }

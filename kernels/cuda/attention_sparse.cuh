@@ -191,6 +191,7 @@ struct OwnRows {
   int query[2], head[2];  // query - first, head of the group
   bool has[2];            // false: the row is of no query
   KeyRange seen[2];
+  KeyRange all;  // seen by all rows of the warp
 
   __device__ OwnRows(const AttentionProblem& p, const PackedRows& pack, int first_query)
       : first(first_query) {
@@ -203,6 +204,8 @@ struct OwnRows {
       has[i] = query[i] < pack.queries && first + query[i] < N;
       seen[i] = seen_by(p, min(first + query[i], N - 1));
     }
+    all = {__reduce_max_sync(~0u, max(seen[0].begin, seen[1].begin)),
+           __reduce_min_sync(~0u, min(seen[0].end, seen[1].end))};
   }
   /// Where row i lies in [B, Hq, N].
   __device__ int64_t index(const AttentionProblem& p, const SparseItem& item, int i) const {
@@ -211,12 +214,7 @@ struct OwnRows {
   /// Scores of keys of a tile that a row does not see become -infinity.
   __device__ void hide_unseen(float (&s)[8][4], int tile) const {
     const int key0 = tile * key_tile, key = key0 + static_cast<int>(threadIdx.x) % 4 * 2;
-    bool part = false;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      part = part || seen[i].begin > key0 || seen[i].end < key0 + key_tile;
-    }
-    if (!__any_sync(0xffffffffu, part)) return;
+    if (all.begin <= key0 && key0 + key_tile <= all.end) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll

@@ -3,21 +3,26 @@
 // 2407.08608).
 //
 // Items, steps and the ring of K and V are attention_sparse.cuh's. A warpgroup keeps the sums O of
-// its 64 rows in registers, and q too where D is 128: there the keys are all that S = q K^T reads
-// from shared memory, which else would be as busy as the tensor cores. The softmax is online, in
-// powers of 2; P, rounded, is the left operand of O += P V, so it stays in registers as well.
+// its 64 rows in registers; S = q K^T reads q from shared memory. The softmax is online, in powers
+// of 2; P, rounded, is the left operand of O += P V, so it stays in registers as well.
 //
 // S of a step is started before P V of the step before, which runs while this step's exponentials
-// are computed; the other warpgroups fill what gaps remain. One accumulator of scores and one
-// rounded P suffice for that. D 128 takes two warpgroups of 232 registers: O, S, q and P are 144.
-// D 64 takes three of 152 (O, S and P are 80), which share each copy of K and V: an exponential for
-// each 4 D = 256 operations makes their units as busy as the tensor cores, and two warpgroups would
-// leave both idle at times.
+// are computed, also where tiles that the warpgroup passes over lie between the two. One
+// accumulator of scores and one rounded P suffice for that. Yet from S through the softmax to P V a
+// step takes several times as long as its products, so three warpgroups take turns at the tensor
+// cores: 144 registers each hold O, S and P, 112 where D is 128, but not q. Two of 232 registers
+// that held q took 1.17 ms for the shape below at density 0.125: 2570 clocks for each step of
+// either, whose products are 512. Four warpgroups, for D 64, would have 112 registers, which are
+// too few.
+//
+// Four warps copy: one for each warpgroup its q, as soon as it has seen the last of its item
+// before, and one the keys.
 //
 // Floor: 4 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
-// 0.25: 5.5e11 operations, 0.56 ms at wgmma's 989 TFLOP/s, 0.9 ms at 600. A step copies 256 D bytes
-// for an item's 64 rows a warpgroup: 32 KB for 128 rows in 1024 clocks where both attend the tile,
-// about what the second-level cache gives.
+// 0.25: 5.5e11 operations, 0.56 ms at wgmma's 989 TFLOP/s, 0.9 ms at 600. A step of a tile that all
+// three attend takes 1536 clocks of the tensor cores where D is 128, 1408 of shared memory (S reads
+// 32 KB, P V 16 KB, and 32 KB are copied) and 768 of the exponentials' units. Where D is 64, the
+// first two are half of that.
 #include "kernels/cuda/attention_sparse.cuh"
 
 namespace entrain::cuda {
@@ -25,12 +30,12 @@ namespace {
 
 template <int D>
 struct Forward {
-  static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
-  static constexpr int stages = D == 64 ? 8 : 5;
+  static constexpr int groups = 3, threads = (groups + 1) * warpgroup;
+  static constexpr int stages = D == 64 ? 11 : 5;
   using Stages = SparseRing<D, groups, stages>;
   // q's blocks, the ring and the barriers of q; blocks at multiples of 1024.
   static constexpr int ring_at = groups * Stages::block_bytes, own_at = ring_at + Stages::bytes;
-  static constexpr int shared_bytes = 1024 + own_at + 16;
+  static constexpr int shared_bytes = 1024 + own_at + groups * 8 * 2;
 };
 
 #ifdef ENTRAIN_HOPPER
@@ -45,25 +50,27 @@ struct OnlineSoftmax {
   float top[2] = {-INFINITY, -INFINITY}, weight[2] = {};
 
   /// Scores become weights; `correction` is what sums of before are to be multiplied with. False:
-  /// it is 1 for all rows of the warp. Weights of rows that are not `on` mean nothing.
-  __device__ bool update(float (&s)[8][4], float (&correction)[2], const bool (&on)[2],
-                         const float (&bias)[2], float scale) {
-    float next[2];
+  /// it is 1 for all rows of the warp, and no lane has had to ask the others of its row.
+  __device__ bool update(float (&s)[8][4], float (&correction)[2], const float (&bias)[2],
+                         float scale) {
+    float next[2];  // tops
+    bool grows = false;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float x = -INFINITY;  // fmaxf passes over NaN; the exponentials below do not
-#pragma unroll
-      for (int j = 0; j < 8; ++j) x = fmaxf(x, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-      next[i] = on[i] ? fmaxf(top[i], x * scale + bias[i]) : top[i];
+      next[i] = fmaf(largest(s, i), scale, bias[i]);
+      grows = grows || next[i] > top[i] + slack;
     }
-    const bool grows = next[0] > top[0] + slack || next[1] > top[1] + slack;
     const bool rescale = __any_sync(0xffffffffu, grows);
+    if (rescale) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) next[i] = fmaxf(top[i], quad_max(next[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) next[i] = top[i];
+    }
     float sum[2] = {};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!rescale) next[i] = top[i];
       const float shift = bias[i] - (next[i] == -INFINITY ? INFINITY : next[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -84,19 +91,31 @@ struct OnlineSoftmax {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) weight[i] += on[i] ? sum[i] : 0;
+    for (int i = 0; i < 2; ++i) weight[i] += sum[i];
     return rescale;
+  }
+
+ private:
+  /// Of a thread's scores of row i, as a tree. fmaxf passes over NaN; the exponentials do not.
+  __device__ static float largest(const float (&s)[8][4], int i) {
+    float x[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x[j] = fmaxf(s[j][2 * i], s[j][2 * i + 1]);
+#pragma unroll
+    for (int n = 4; n > 0; n /= 2) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) x[j] = fmaxf(x[j], x[j + n]);
+    }
+    return x[0];
   }
 };
 
-/// Weights, rounded, as a left operand: 0, whatever the weight, in rows that are not `on`.
-__device__ __forceinline__ void round_weights(Fragment (&to)[4], const float (&s)[8][4],
-                                              const bool (&on)[2]) {
-  round_to(to, s);
+/// Scores of rows that are not `on` become -infinity, whatever they were.
+__device__ __forceinline__ void hide_rows(float (&s)[8][4], const bool (&on)[2]) {
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
+  for (int j = 0; j < 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) to[step][i] &= on[i % 2] ? ~0u : 0u;
+    for (int e = 0; e < 4; ++e) s[j][e] = on[e / 2] ? s[j][e] : -INFINITY;
   }
 }
 
@@ -113,16 +132,17 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   using Shape = Forward<D>;
   constexpr int groups = Shape::groups;
   const auto thread = static_cast<int>(threadIdx.x);
-  char* shared = dynamic_shared();
-  shared += -shared_address(shared) % 1024;
-  const auto q_block = [&](int w) {
-    return Block{shared_address(shared) + w * Shape::Stages::block_bytes};
-  };
+  const int warp = __shfl_sync(~0u, thread / 32, 0);  // ptxas sees that lanes share it
+  const uint32_t base =
+      __shfl_sync(~0u, (shared_address(dynamic_shared()) + 1023) / 1024 * 1024, 0);
+  auto* shared = static_cast<char*>(__cvta_shared_to_generic(base));
+  const auto q_block = [&](int w) { return Block{base + w * Shape::Stages::block_bytes}; };
   typename Shape::Stages ring(shared + Shape::ring_at);
-  Ring<1> own{shared_address(shared) + Shape::own_at};
+  // Of a warpgroup's q, which is filled anew while others still use theirs.
+  const auto own_ring = [&](int w) { return Ring<1>{base + Shape::own_at + 16 * w}; };
   if (thread == 0) {
     ring.init(p);
-    Ring<1>::init(own.barriers, 4 * groups);
+    for (int w = 0; w < groups; ++w) Ring<1>::init(own_ring(w).barriers, 4);
     barrier_init_done();
   }
   // Rows of no query are never copied, but take part in products.
@@ -135,41 +155,41 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   const int queries = groups * pack.queries;  // of an item
   const auto items = static_cast<int>(SparseItem::items(p, queries));
 
-  if (thread / warpgroup == groups) {
-    fewer_registers<groups == 3 ? 56 : 40>();
-    if (thread % warpgroup >= 32) return;
-    for_items(items, [&](int i) {
-      const SparseItem item(p, queries, i);
-      own.wait_empty();
-      __syncwarp();
-      if (thread % 32 == 0) {
-        barrier_arrive_expecting(own.full(), groups * packed_bytes<D>(pack));
-        for (int w = 0; w < groups; ++w) {
-          copy_packed<D>(q_block(w), q_map, own.full(), p, item, item.first + w * pack.queries);
-        }
-      }
-      own.next();
-      ring.fill(p, queries, item, k_map, v_map);
-    });
+  if (warp >= 4 * groups) {
+    fewer_registers<80>();
+    const int copies = warp - 4 * groups;  // whose q, or all that comes through the ring
+    if (copies == groups) {
+      for_items(items,
+                [&](int i) { ring.fill(p, queries, SparseItem(p, queries, i), k_map, v_map); });
+    } else if (thread % 32 == 0) {
+      Ring<1> own = own_ring(copies);
+      for_items(items, [&](int i) {
+        const SparseItem item(p, queries, i);
+        const int first = item.first + copies * pack.queries;
+        own.wait_empty();
+        barrier_arrive_expecting(own.full(), packed_bytes<D>(pack));
+        copy_packed<D>(q_block(copies), q_map, own.full(), p, item, first);
+        own.next();
+      });
+    }
     return;
   }
 
-  more_registers<groups == 3 ? 152 : 232>();
-  const int mine = thread / warpgroup;
+  more_registers<144>();
+  const int mine = warp / 4;
+  Ring<1> own = own_ring(mine);
+  const OwnBlock<D, false> q(q_block(mine));
   for_items(items, [&](int i) {
     const SparseItem item(p, queries, i);
     const OwnRows rows(p, pack, item.first + mine * pack.queries);
     own.wait_full();
-    constexpr bool in_registers = D > 64;
-    const OwnBlock<D, in_registers> q(q_block(mine));
-    if constexpr (in_registers) warp_arrive(own.empty(0));
 
     float s[8][4], sum[D / 8][4] = {};
     Fragment weights[4];
     OnlineSoftmax softmax;
     pin(sum);
     int before = -1;  // the stage whose P V is yet to be started
-    // A step that is passed over, or the end, must not wait for it: the ring might need its stage.
+    int passed = 0;   // tiles passed over since
     const auto finish = [&] {
       if (before < 0) return;
       products_fence();
@@ -181,27 +201,30 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       before = -1;
     };
 #pragma unroll 1
-    while (true) {
+    for (;; ring.next()) {
       ring.wait_full();
       const int stage = ring.stage, tile = ring.step().tile;
       const uint64_t attending = ring.step().attending[mine];
-      if (__any_sync(~0u, tile < 0)) break;
-      if (!__any_sync(~0u, attending != 0)) {
-        finish();
+      if (tile < 0 || attending == 0) {
+        if (tile < 0) break;
+        // While P V waits, so may the copies, for its stage: at most for half of the ring.
+        if (++passed > Shape::stages / 2) finish();
         warp_arrive(ring.empty(stage));
-        ring.next();
         continue;
       }
+      products_fence();
+      q.by_rows(s, ring.k(stage));
+      products_commit();
       bool on[2];
       float bias[2] = {};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         on[i] = attending >> rows.query[i] & 1;
-        if (p.bias) bias[i] = ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e;
+        if (p.bias && on[i]) {
+          bias[i] = ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e;
+        }
       }
-      products_fence();
-      q.by_rows(s, ring.k(stage));
-      products_commit();
+      const bool some_off = __any_sync(~0u, !on[0] || !on[1]);
       if (before >= 0) {
         products_fence();
         add_product(sum, weights, ring.v(before));
@@ -211,9 +234,10 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
         products_wait<0>();
       }
       pin(s);
+      if (some_off) hide_rows(s, on);
       rows.hide_unseen(s, tile);
       float correction[2];
-      const bool rescale = softmax.update(s, correction, on, bias, scale);
+      const bool rescale = softmax.update(s, correction, bias, scale);
       products_wait<0>();
       pin(sum);
       if (before >= 0) warp_arrive(ring.empty(before));
@@ -224,15 +248,15 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
           for (int e = 0; e < 4; ++e) sum[j][e] *= correction[e / 2];
         }
       }
-      round_weights(weights, s, on);
+      round_to(weights, s);
       before = stage;
-      ring.next();
+      passed = 0;
     }
-    finish();
-    warp_arrive(ring.empty(ring.stage));
-    ring.next();
-    if constexpr (!in_registers) warp_arrive(own.empty(0));
+    warp_arrive(own.empty(0));
     own.next();
+    finish();
+    warp_arrive(ring.empty(ring.stage));  // that told of the end
+    ring.next();
 
     float inverse[2];
 #pragma unroll

@@ -184,6 +184,12 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+/// The largest of them; NaN is passed over.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 /// A thread's rows of the accumulators of a warp's slabs: i = 0, 1 of slab m.
 template <int slabs>
 __device__ __forceinline__ int row_of(int m, int i) {

@@ -81,6 +81,7 @@ TEST(SparseAttention, LongProblemsAreTheCpus) {
       {"g 16", {1, 16, 1, 1100, 128}, {.mask = true, .bias = true, .density = 0.1}},
       {"g 4", {1, 4, 1, 2500, 64}, {.mask = true, .bias = true, .density = 0.1, .alike = 8}},
       {"g 1", {1, 1, 1, 5000, 64}, {.mask = true, .density = 0.05, .alike = 64}},
+      {"g 1, some attend all", {1, 1, 1, 3000, 64}, {.mask = true, .alike = 64}},
       {"g 2, block 128", {1, 2, 1, 3000, 128}, {.block = 128, .mask = true, .density = 0.1}},
   };
   for (const AttentionSetup& setup : setups) {
