@@ -8,7 +8,7 @@
 //   q [64 rows, D], registers, and keys [64 windows, D], shared --wgmma--> z [64 rows, 64 windows]
 //   sweep 1: z -> each lane's largest score and sum of exponentials of its columns; a row's four
 //            lanes bring them together at the end
-//   sweep 2: z again, to the same bits -> p, registers -> a tile in shared memory -> mean over the
+//   sweep 2: z again, to the same bits -> p, registers -> a tile in shared memory -> sum over the
 //            group's heads -> scores of blocks, f32 [queries, blocks], shared, for all of the item
 //   choice:  a warp a query finds the lowest score to take bit by bit, and writes the mask
 //
@@ -17,55 +17,23 @@
 // 2^-17 and 65504. Products are exact in float, so weights err by rounding of sums in float: 1e-6,
 // and blocks whose scores are closer than that may be taken for each other.
 //
-// Registers: queries (32 where D = 128) and z (32).
+// Registers: queries (32 where D = 128) and z (32). 4 bytes are spilled where D = 128 and keys are
+// in two parts.
 //
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 32768, windows of 32 every 16: 1.07e9 pairs of a row and a
 // window; 2 D operations in each part and sweep: 5.5e11, 0.56 ms at 989 TFLOP/s, for bf16 keys,
 // 1.1e12, 1.1 ms, for double; an exponential in each sweep: 0.58 ms at 16 a clock and
-// multiprocessor, beside it; keys from L2: 2731 items of 16.5 tiles of 16 or 32 KB twice, 1.5 or
-// 3 GB, 0.3 or 0.6 ms beside both.
+// multiprocessor, beside it; keys from L2: 5462 items of 16.5 tiles of 16 or 32 KB twice, 2.9 or
+// 5.9 GB, 0.5 or 1.1 ms beside both. Expected are twice the products' times: a warpgroup's products
+// wait for those of the other two, its other work (about 700 clocks a tile) for none.
 #include <cmath>
 
-#include "kernels/cuda/route_hopper.cuh"
-#include "kernels/cuda/selection.cuh"
+#include "kernels/cuda/selection_hopper.cuh"
 
 namespace entrain::cuda {
 namespace {
 
 constexpr int groups = 3, threads = (groups + 1) * warpgroup;  // one more copies
-constexpr int tile_windows = 64;
-
-/// Queries that a thread block takes together, and the tiles of windows that some of them see.
-struct SelectItem {
-  int b, r, first;  // batch, kv head, first query
-  int tiles;
-};
-
-/// A problem as the kernel takes it.
-struct HopperSelect {
-  int B, Hkv, g, N;
-  int first;    // the token that the first query is
-  int queries;  // of a warpgroup
-  int blocks;   // up to the last query
-  Sight sight;
-  BlockSelection selection;
-  uint32_t* mask;
-  int64_t half_words;  // of a row of the mask
-  double* read;
-
-  __host__ __device__ int items() const {
-    return B * Hkv * ((N + groups * queries - 1) / (groups * queries));
-  }
-  /// Windows complete at a query.
-  __device__ int seen(int query) const { return static_cast<int>(sight.end(first + query)); }
-  __device__ int tiles(int query) const { return (seen(query) + tile_windows - 1) / tile_windows; }
-  /// Those with most windows come first.
-  __device__ SelectItem item(int index) const {
-    const int heads = B * Hkv, size = groups * queries, head = index % heads;
-    const int at = ((N + size - 1) / size - 1 - index / heads) * size;
-    return {head / Hkv, head % Hkv, at, tiles(min(at + size, N) - 1)};
-  }
-};
 
 /// Shared memory: for each warpgroup a space, which holds its rows of q, then tiles of p; the
 /// stages; barriers; scores of blocks, f32 [groups, queries, blocks].
@@ -124,126 +92,14 @@ class WindowRows {
   Fragment q_[D / 16];
 };
 
-/// The softmax of a lane's two rows, in base 2: first over the lane's columns, then over the row.
-class RowSoftmax {
- public:
-  __device__ explicit RowSoftmax(float factor) : factor_(factor) {}
-
-  __device__ void add(const float (&z)[8][4]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(z[j][2 * i], z[j][2 * i + 1]));
-      const float old = top_[i];
-      top_[i] = fmaxf(old, __fmul_rn(top, factor_));
-      const float shift = finite(top_[i]);
-      float sum = 0;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        sum += power_of_2(fmaf(z[j][2 * i], factor_, -shift)) +
-               power_of_2(fmaf(z[j][2 * i + 1], factor_, -shift));
-      }
-      total_[i] = total_[i] * power_of_2(old - shift) + sum;
-    }
-  }
-  /// After the last tile.
-  __device__ void finish() {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float shift = finite(Lanes(4).max(top_[i]));
-      offset_[i] = shift + log2f(Lanes(4).sum(total_[i] * power_of_2(top_[i] - shift)));
-    }
-  }
-  /// p of z, in its place.
-  __device__ void weigh(float (&z)[8][4]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) z[j][e] = power_of_2(fmaf(z[j][e], factor_, -offset_[e / 2]));
-    }
-  }
-
- private:
-  const float factor_;
-  float top_[2] = {-INFINITY, -INFINITY}, total_[2] = {0, 0};
-  float offset_[2];
-
-  /// What to take from scores before their exponentials where so far the largest is this.
-  __device__ static float finite(float top) {
-    return top == -INFINITY ? 0 : top;
-  }
-};
-
-/// Scores of blocks for a warp's queries [first, first + count) of its warpgroup; of its query s,
-/// lane s remembers how many windows it sees.
-class QueryScores {
- public:
-  __device__ QueryScores(const HopperSelect& p, float* of_warpgroup, int query, int first,
-                         int count)
-      : p_(p),
-        scores_(of_warpgroup + first * p.blocks),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        query_(query + first),
-        first_(first),
-        count_(count) {
-    seen_ = lane_ < count ? p.seen(query_ + lane_) : 0;
-    for (int x = lane_; x < count * p.blocks; x += 32) scores_[x] = 0;
-    __syncwarp();
-  }
-  /// Adds a tile of p, whose means over heads take the place of the queries' first heads.
-  __device__ void add(const RowTile& p, int tile) {
-    for (int s = 0; s < count_; ++s) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = 32 * half + lane_;
-        *weights(p, s, column) = p.mean(first_ + s, column, p_.g);
-      }
-    }
-    __syncwarp();
-    const int from = tile * tile_windows, to = from + tile_windows;
-    const int last = min(BlockWindows::last_block(p_.selection, to - 1), p_.blocks - 1);
-    for (int c0 = BlockWindows::first_block(p_.selection, from); c0 <= last; c0 += 32) {
-      const int c = c0 + lane_;
-      const BlockWindows windows(p_.selection, c);
-      for (int s = 0; s < count_; ++s) {
-        const int end = min(to, __shfl_sync(0xffffffffu, seen_, s));
-        if (c > last) continue;
-        float& score = scores_[s * p_.blocks + c];
-        score = windows.add<float>(score, weights(p, s, 0), from, end);
-      }
-    }
-    __syncwarp();
-  }
-  /// Writes the queries' masks.
-  __device__ void choose_blocks(const SelectItem& item) const {
-    const auto block = static_cast<int>(p_.selection.block);
-    const int64_t row = (int64_t{item.b} * p_.Hkv + item.r) * p_.N + query_;
-    for (int s = 0; s < count_; ++s) {
-      choose(p_.selection, scores_ + s * p_.blocks, (p_.first + query_ + s) / block,
-             p_.mask + (row + s) * p_.half_words, p_.half_words);
-    }
-  }
-
- private:
-  __device__ float* weights(const RowTile& p, int s, int column) const {
-    return p.at((first_ + s) * p_.g, column);
-  }
-
-  const HopperSelect& p_;
-  float* const scores_;
-  const int lane_, query_, first_, count_;
-  int seen_;
-};
-
 /// The warp that copies windows ahead, and counts what is read.
 template <int D, int parts>
 __device__ void copy_windows(const CUtensorMap& high, const CUtensorMap& low, const HopperSelect& p,
                              uint32_t stages, Ring<Layout<D, parts>::stages> ring) {
   using Shape = Layout<D, parts>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for_items(p.items(), [&](int index) {
-    const SelectItem item = p.item(index);
+  for_items(p.items(groups), [&](int index) {
+    const SelectItem item = p.item(index, groups);
     if (p.read) {
       int entries = 0;  // whole numbers: the order of adding them does not show
       const int end = min(item.first + groups * p.queries, p.N);
@@ -290,8 +146,8 @@ __device__ void select_rows(const CUtensorMap& q, const HopperSelect& p, char* m
   const int share = whole ? 16 / p.g : (p.queries + 3) / 4;
   uint32_t own_phase = 0;
   WindowRows<D, parts> rows;
-  for_items(p.items(), [&](int index) {
-    const SelectItem item = p.item(index);
+  for_items(p.items(groups), [&](int index) {
+    const SelectItem item = p.item(index, groups);
     const int first = item.first + group * p.queries, count = max(0, min(p.queries, p.N - first));
     const int tiles = count > 0 ? p.tiles(first + count - 1) : 0;
 
@@ -393,7 +249,7 @@ bool launch_select(const Tensor& q, const Tensor& keys, HopperSelect p, const Te
   if (p.queries == 0) return false;
   const CUtensorMap rows = packed_map(Rows<bf16>(q), q[0], q[1], q[2], D, p.g, p.queries);
   const auto run = [&](const CUtensorMap& high, const CUtensorMap& low) {
-    launch("select_blocks", select<D, parts>, std::min(p.items(), multiprocessors()), threads,
+    launch("select_blocks", select<D, parts>, std::min(p.items(groups), multiprocessors()), threads,
            static_cast<size_t>(Shape::shared_bytes(p.queries, p.blocks)), rows, high, low, p);
   };
   if constexpr (parts == 2) {
