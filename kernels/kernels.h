@@ -203,9 +203,11 @@ struct Kernels {
   /// blocks.mask as attention takes it: the forced blocks, then the best-scored, topk in all. A
   /// query's softmax over the keys of windows it sees, a view [B, Hkv, W, D] f64 or q's type,
   /// summed over the group's heads, weighs windows; selection.score says what a block makes of
-  /// them. Equal scores go to the lower block.
+  /// them. Equal scores go to the lower block. scratch: f64 [select_scratch()] where keys are f64,
+  /// or empty, as while decoding: scores are then in double, always.
   void select_blocks(Tensor q, Tensor keys, const BlockSelection& selection, const BlockSet& blocks,
-                     Tensor read) const;
+                     Tensor scratch, Tensor read) const;
+  static int64_t select_scratch(const Shape& keys);
   /// Counts, as pairs, the last `window` tokens of each query that no block of its mask holds.
   void read_window(const BlockSet& blocks, int64_t window, Tensor read) const;
 

@@ -150,10 +150,15 @@ void select(Tensor q, Tensor keys, const BlockSelection& selection, const BlockS
 
 template <>
 void Kernels<Device::cpu>::select_blocks(Tensor q, Tensor keys, const BlockSelection& selection,
-                                         const BlockSet& blocks, Tensor read) const {
+                                         const BlockSet& blocks, Tensor, Tensor read) const {
   by_type(q, [&]<class T>(T) {
     by_type(keys, [&]<class K>(K) { select<T, K>(q, keys, selection, blocks, read); });
   });
+}
+
+template <>
+int64_t Kernels<Device::cpu>::select_scratch(const Shape&) {
+  return 0;
 }
 
 template <>

@@ -1,14 +1,16 @@
 // The choice of blocks of InfLLM-V2 (arXiv 2509.24663) and NSA (arXiv 2502.11089), as on the CPU
 // (see kernels/cpu/selection.cpp): softmax over windows of keys, summed over the group's heads,
-// scores blocks; forced blocks and the best-scored are attended. In double, and in a fixed order:
-// nothing but the values decides which of two blocks is better.
+// scores blocks; forced blocks and the best-scored are attended. In double; what training takes on
+// Hopper is in selection_hopper.cu.
 //
 // A block of threads chooses for a tile of queries of one kv head, up to 64 (query, head) rows. Its
 // scores stay in shared memory, whole where they fit; otherwise panel by panel, computed once for
 // the softmax's sums and again for the weights. What goes to global memory is the mask.
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/entmax_row.cuh"
+#include "kernels/cuda/route_hopper.cuh"
 #include "kernels/cuda/score_tile.cuh"
+#include "kernels/cuda/selection.cuh"
 
 namespace entrain {
 namespace cuda {
@@ -43,80 +45,6 @@ struct SelectShape {
   }
   __host__ __device__ int64_t tiles() const { return (N + queries - 1) / queries; }
 };
-
-/// The largest weight of the windows [0, seen) that overlap block c, or 0. Ignores NaN.
-__device__ double best_score(const BlockSelection& s, const double* weights, int64_t c, int seen) {
-  const int64_t begin = c * s.block, end = begin + s.block;
-  const int64_t before = begin - s.length;  // windows up to there end before the block
-  double best = 0;
-  for (int64_t m = before < 0 ? 0 : before / s.stride + 1; m < seen && m * s.stride < end; ++m) {
-    best = fmax(best, weights[m]);
-  }
-  return best;
-}
-
-/// sum over m < block/stride and n < length/stride of weight (block/stride) c + m - n. NaN gives 0.
-__device__ double sum_score(const BlockSelection& s, const double* weights, int64_t c, int seen) {
-  const int64_t in_block = s.block / s.stride, in_window = s.length / s.stride;
-  const int64_t begin = in_block * c - in_window + 1, end = in_block * (c + 1);
-  const int64_t most = in_block < in_window ? in_block : in_window;
-  double sum = 0;
-  for (int64_t x = begin < 0 ? 0 : begin; x < end && x < seen; ++x) {
-    const int64_t nearer = x - begin + 1 < end - x ? x - begin + 1 : end - x;
-    sum += static_cast<double>(nearer < most ? nearer : most) * weights[x];
-  }
-  return sum >= 0 ? sum : 0;
-}
-
-/// How many of scores [begin, end), 0 or more, have bits above `least`; the whole warp.
-__device__ int count_above(const double* scores, int begin, int end, uint64_t least) {
-  int n = 0;
-  for (int c = begin + static_cast<int>(threadIdx.x % 32); c < end; c += 32) {
-    n += static_cast<uint64_t>(__double_as_longlong(scores[c])) > least ? 1 : 0;
-  }
-  return __reduce_add_sync(0xffffffffu, n);
-}
-
-/// A warp sets the bits of the chosen blocks among [0, own], own the query's block, in its row of
-/// half words. Bits of doubles that are not negative rank as the doubles do, so the lowest score to
-/// take is found bit by bit.
-__device__ void choose(const BlockSelection& s, const double* scores, int own, uint32_t* mask,
-                       int64_t half_words) {
-  const int lane = threadIdx.x % 32;
-  const auto least_of = [](int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); };
-  const int begin = least_of(s.init_blocks, own + 1);
-  const int end = static_cast<int>(own + 1 - s.local_blocks > begin ? own + 1 - s.local_blocks
-                                                                    : int64_t{begin});
-  const int first = least_of(begin, s.topk), last = least_of(own + 1 - end, s.topk - first);
-  const auto left = static_cast<int>(s.topk - first - last);
-
-  uint64_t least = 0;      // bits of the lowest score taken
-  int ties = end - begin;  // blocks of that score to take
-  if (left == 0) {
-    ties = 0;
-    least = ~uint64_t{0};
-  } else if (end - begin > left) {
-    for (int bit = 62; bit >= 0; --bit) {
-      const uint64_t higher = least | uint64_t{1} << bit;
-      const int n = count_above(scores, begin, end, higher - 1);
-      if (n >= left) least = higher;
-      if (n == left) break;
-    }
-    ties = left - count_above(scores, begin, end, least);
-  }
-  for (int64_t word = 0; word < half_words; ++word) {
-    const int64_t c = word * 32 + lane;
-    const bool in = c >= begin && c < end;
-    const uint64_t score = in ? static_cast<uint64_t>(__double_as_longlong(scores[c])) : 0;
-    const unsigned equal = __ballot_sync(0xffffffffu, in && score == least);
-    const int rank = __popc(equal & ((1u << lane) - 1));  // among equal ones: the lower goes first
-    const bool taken = in && (score > least || (score == least && rank < ties));
-    const bool forced = c < first || (c >= end && c < end + last);
-    const unsigned bits = __ballot_sync(0xffffffffu, taken || forced);
-    if (lane == 0) mask[word] = bits;
-    ties -= __popc(equal);
-  }
-}
 
 /// Grid: tiles, those with most windows first, times kv heads and batch.
 template <class T, class K>
@@ -195,10 +123,7 @@ __global__ void __launch_bounds__(threads, 2)
   const auto blocks = static_cast<int>((token + count - 1) / selection.block + 1);
   for (int x = threadIdx.x; x < count * blocks; x += threads) {
     const int i = x / blocks, c = x % blocks;
-    const double* weights = w + i * s.w_step;
-    scores[i * s.blocks + c] = selection.score == BlockScore::best
-                                   ? best_score(selection, weights, c, seen[i])
-                                   : sum_score(selection, weights, c, seen[i]);
+    scores[i * s.blocks + c] = BlockWindows(selection, c).add(0.0, w + i * s.w_step, 0, seen[i]);
   }
   __syncthreads();
   for (int i = warp; i < count; i += warps) {
@@ -236,10 +161,8 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-/// Tiles of up to 64 rows: as many as leave room for two blocks in a multiprocessor, where that is
-/// 16 or more, else for one; windows in panels where they do not fit.
-SelectShape select_shape(const Tensor& q, const Tensor& keys, const BlockSelection& selection,
-                         const BlockSet& blocks) {
+void check_shapes(const Tensor& q, const Tensor& keys, const BlockSelection& selection,
+                  const BlockSet& blocks) {
   const bool fit = q.shape.rank == 4 && keys.shape.rank == 4 && q[0] == keys[0] &&
                    q[3] == keys[3] && keys[1] > 0 && q[1] % keys[1] == 0 &&
                    keys[2] == selection.windows(blocks.first + q[2]) &&
@@ -249,6 +172,12 @@ SelectShape select_shape(const Tensor& q, const Tensor& keys, const BlockSelecti
          keys.shape.to_string() + " into a mask " + blocks.mask.shape.to_string());
   }
   check_pairs("keys of windows", keys);
+}
+
+/// Tiles of up to 64 rows: as many as leave room for two blocks in a multiprocessor, where that is
+/// 16 or more, else for one; windows in panels where they do not fit.
+SelectShape select_shape(const Tensor& q, const Tensor& keys, const BlockSelection& selection,
+                         const BlockSet& blocks) {
   SelectShape s;
   s.B = q[0], s.Hq = q[1], s.Hkv = keys[1], s.N = q[2];
   s.g = static_cast<int>(s.Hq / s.Hkv);
@@ -277,8 +206,11 @@ using namespace cuda;
 
 template <>
 void Kernels<Device::cuda>::select_blocks(Tensor q, Tensor keys, const BlockSelection& selection,
-                                          const BlockSet& blocks, Tensor read) const {
+                                          const BlockSet& blocks, Tensor scratch,
+                                          Tensor read) const {
   if (q.numel() == 0) return;
+  check_shapes(q, keys, selection, blocks);
+  if (select_hopper(q, keys, selection, blocks, scratch, read)) return;
   const SelectShape s = select_shape(q, keys, selection, blocks);
   const dim3 grid(static_cast<unsigned>(s.tiles() * s.B * s.Hkv));
   auto* mask = reinterpret_cast<uint32_t*>(pointer<uint64_t>(blocks.mask));
@@ -289,6 +221,11 @@ void Kernels<Device::cuda>::select_blocks(Tensor q, Tensor keys, const BlockSele
     };
     keys.dtype == DType::f64 ? launch(double{}) : launch(T{});
   });
+}
+
+template <>
+int64_t Kernels<Device::cuda>::select_scratch(const Shape& keys) {
+  return Summaries::scratch(keys);
 }
 
 template <>

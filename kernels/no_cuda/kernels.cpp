@@ -130,7 +130,11 @@ void Kernels<Device::cuda>::add_rows(Tensor, Tensor) const {
 }
 template <>
 void Kernels<Device::cuda>::select_blocks(Tensor, Tensor, const BlockSelection&, const BlockSet&,
-                                          Tensor) const {
+                                          Tensor, Tensor) const {
+  refuse();
+}
+template <>
+int64_t Kernels<Device::cuda>::select_scratch(const Shape&) {
   refuse();
 }
 template <>

@@ -37,11 +37,17 @@ class InfLlmV2Attention : public AttentionMethod {
     const Tensor pooled = queries.decoding()
                               ? in.cache.at(0)
                               : tape.scratch({B, Hkv, selection.windows(N), D}, DType::f64);
+    Tensor scratch;
+    if (!queries.decoding()) {
+      const int64_t elements = with_kernels(
+          tape.device(), [&](auto kernels) { return kernels.select_scratch(pooled.shape); });
+      scratch = tape.scratch({elements}, DType::f64);
+    }
     tape.record("selection", {}, {}, [=, read = in.read](auto kernels) {
       const auto [begin, count, tokens] = queries.complete(k.value, windows);
       kernels.pool_runs(tokens, windows, pooled.slice(2, begin, count));
       kernels.select_blocks(q.value, queries.seen(pooled, windows), selection,
-                            queries.attend(blocks), read);
+                            queries.attend(blocks), scratch, read);
     });
 
     record_attention(tape, in, blocks, {}, o);

@@ -27,7 +27,7 @@ Tensor record_nsa(Tape& tape, const BlockSelection& selection, int64_t window, c
 
   tape.record("selection", {}, {}, [=, read = in.read](auto kernels) {
     kernels.select_blocks(q.value, queries.seen(kc.value, selection.runs()), selection,
-                          queries.attend(selected), read);
+                          queries.attend(selected), {}, read);
     kernels.read_window(queries.attend(selected), window, read);
   });
 

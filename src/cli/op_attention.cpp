@@ -147,7 +147,8 @@ void run_infllmv2(Case& c) {
       .block = selection.block, .mask = c.make({B, Hkv, N, (M + 63) / 64}, DType::u64), .bias = {}};
   with_kernels(c.device, [&](auto kernels) {
     kernels.pool_runs(a.k, selection.runs(), pooled);
-    kernels.select_blocks(a.q, pooled, selection, blocks, a.read);
+    const int64_t scratch = kernels.select_scratch(pooled.shape);
+    kernels.select_blocks(a.q, pooled, selection, blocks, c.make({scratch}, DType::f64), a.read);
   });
   a.forward(c.device, blocks);
 

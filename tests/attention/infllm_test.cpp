@@ -56,7 +56,7 @@ std::vector<uint64_t> choose(const Dims& n, const BlockSelection& s, const Input
   const Array pooled({n.B, n.Hkv, s.windows(n.N), n.D}), read({n.Hkv, read_fields});
   kernels.pool_runs(in.k.tensor, s.runs(), pooled.tensor);
   const BlockSet blocks{.mask = Tensor::of(mask.data(), {n.B, n.Hkv, n.N, words}, DType::u64)};
-  kernels.select_blocks(in.q.tensor, pooled.tensor, s, blocks, read.tensor);
+  kernels.select_blocks(in.q.tensor, pooled.tensor, s, blocks, {}, read.tensor);
   for (int64_t r = 0; reads && r < n.Hkv; ++r) {
     reads->push_back(read.values[static_cast<size_t>(r * read_fields + read_router)]);
   }
