@@ -178,7 +178,7 @@ __device__ __forceinline__ void add_product(float (&sum)[n][4], const Fragment (
 /// A step of queries' gradients: sum += dS k, whose products still run when it returns.
 /// meanwhile(shifts) is called while S is on its way; it tells what is added to the logits, in base
 /// 2, of each of the thread's two rows; delta: theirs. free_before() is called once the step before
-/// has done with its keys, hide(S) once S is known.
+/// has done with its keys, hide(P) once P is known.
 template <int D, bool q_in_registers, bool dout_in_registers, class Meanwhile, class FreeBefore,
           class Hide>
 __device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], float (&ds)[8][4],
@@ -197,12 +197,12 @@ __device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], floa
   products_wait<1>();
   pin(s);
   free_before();
-  hide(s);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[j][e] = power_of_2(fmaf(s[j][e], scale, shifts[e / 2]));
   }
+  hide(s);  // its branch also keeps ptxas from computing powers after dP instead of beside it
   products_wait<0>();
   pin(ds);
 #pragma unroll

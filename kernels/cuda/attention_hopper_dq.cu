@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
           [&] {
             if (t > 0) warp_arrive(ring.empty(before));
           },
-          [&](float(&s)[8][4]) {
+          [&](float(&weights)[8][4]) {
             if (t < block) return;
             // some keys come after some queries
             const int key = t * block_rows + thread % 4 * 2;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
             for (int j = 0; j < 8; ++j) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                if (key + 8 * j + e % 2 > query + e / 2 * 8) s[j][e] = -INFINITY;
+                if (key + 8 * j + e % 2 > query + e / 2 * 8) weights[j][e] = 0;
               }
             }
           });

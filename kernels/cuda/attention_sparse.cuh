@@ -216,8 +216,8 @@ struct OwnRows {
   __device__ int64_t index(const AttentionProblem& p, const SparseItem& item, int i) const {
     return (item.b * p.Hq + item.r * p.g + head[i]) * p.N + first + query[i];
   }
-  /// Scores of keys of a tile that a row does not see become -infinity.
-  __device__ void hide_unseen(float (&s)[8][4], int tile) const {
+  /// What is of keys of a tile that a row does not see becomes `hidden`: of scores, -infinity.
+  __device__ void hide_unseen(float (&s)[8][4], int tile, float hidden = -INFINITY) const {
     const int key0 = tile * key_tile, key = key0 + static_cast<int>(threadIdx.x) % 4 * 2;
     if (all.begin <= key0 && key0 + key_tile <= all.end) return;
 #pragma unroll
@@ -225,7 +225,7 @@ struct OwnRows {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int at = key + 8 * j + e % 2;
-        if (at < seen[e / 2].begin || at >= seen[e / 2].end) s[j][e] = -INFINITY;
+        if (at < seen[e / 2].begin || at >= seen[e / 2].end) s[j][e] = hidden;
       }
     }
   }

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
           [&] {
             if (before >= 0) warp_arrive(ring.empty(before));
           },
-          [&](float(&s)[8][4]) { rows.hide_unseen(s, tile); });
+          [&](float(&weights)[8][4]) { rows.hide_unseen(weights, tile, 0); });
       before = stage;
       // Each stage has its own room: who writes there next has waited for who reads there now.
       if (dbias) {
