@@ -82,7 +82,8 @@ class AttendingQueries {
   }
   /// Whether queries [i, i + count) of the list attend all keys of the tile.
   __device__ bool whole(int i, int count) const {
-    return whole_ && list_[i] >= all_begin_ && list_[i + count - 1] < all_end_;
+    const int first = list_[i], last = list_[i + count - 1];
+    return whole_ && first >= all_begin_ && last < all_end_;
   }
   /// Forgets the first queries; fewer than step_rows stay. All threads call it, after a barrier.
   __device__ void drop(int queries) {

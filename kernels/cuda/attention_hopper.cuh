@@ -72,6 +72,13 @@ __device__ __forceinline__ void for_items(int items, F f) {
   }
 }
 
+/// x, which is the same for all of a warp. The compiler then knows it, and computes descriptors of
+/// blocks, which products take from registers of the warp, there: else, lane by lane, each is moved
+/// to these first.
+__device__ __forceinline__ int uniform(int x) {
+  return __shfl_sync(~0u, x, 0);
+}
+
 /// A place in a ring of stages, each with a barrier for "full" and one for "empty".
 template <int stages>
 struct Ring {
@@ -82,6 +89,8 @@ struct Ring {
   __device__ uint32_t full() const { return barriers + 8 * stage; }
   __device__ uint32_t empty(int of) const { return barriers + 8 * (stages + of); }
   __device__ void wait_full() const { barrier_wait(full(), parity); }
+  /// The same for all of a warp, without waiting.
+  __device__ bool is_full() const { return __all_sync(~0u, barrier_passed(full(), parity)); }
   __device__ void wait_empty() const { barrier_wait(empty(stage), parity ^ 1); }
   __device__ void next() {
     if (++stage == stages) {
@@ -166,33 +175,34 @@ __device__ __forceinline__ void add_product(float (&sum)[n][4], const Fragment (
   for (int step = 0; step < 4; ++step) product<true>(sum, a[step], other.columns(step), true);
 }
 
-/// A step of queries' gradients: sum += dS k, whose products still run when it returns. shift(i):
-/// what is added to the logits, in base 2, of the thread's row i of two; delta: theirs.
-/// free_before() is called once the step before has done with its keys, hide(S) once S is known.
-template <int D, bool q_in_registers, bool dout_in_registers, class Shift, class FreeBefore,
+/// A step of queries' gradients: sum += dS k, whose products still run when it returns.
+/// meanwhile(shifts) is called while S is on its way; it tells what is added to the logits, in base
+/// 2, of each of the thread's two rows; delta: theirs. free_before() is called once the step before
+/// has done with its keys, hide(P) once P is known.
+template <int D, bool q_in_registers, bool dout_in_registers, class Meanwhile, class FreeBefore,
           class Hide>
 __device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], float (&ds)[8][4],
                                                     const OwnBlock<D, q_in_registers>& q,
                                                     const OwnBlock<D, dout_in_registers>& dout,
-                                                    Block k, Block v, float scale, Shift shift,
-                                                    const float (&delta)[2], FreeBefore free_before,
-                                                    Hide hide) {
-  float s[8][4];
+                                                    Block k, Block v, float scale,
+                                                    Meanwhile meanwhile, const float (&delta)[2],
+                                                    FreeBefore free_before, Hide hide) {
+  float s[8][4], shifts[2];
   products_fence();
   q.by_rows(s, k);
   products_commit();
   dout.by_rows(ds, v);
   products_commit();
-  const float shifts[2] = {shift(0), shift(1)};
+  meanwhile(shifts);
   products_wait<1>();
   pin(s);
   free_before();
-  hide(s);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) s[j][e] = power_of_2(fmaf(s[j][e], scale, shifts[e / 2]));
   }
+  hide(s);  // its branch also keeps ptxas from computing powers after dP instead of beside it
   products_wait<0>();
   pin(ds);
 #pragma unroll
@@ -225,16 +235,18 @@ __device__ __forceinline__ void add_key_gradients(float (&dk_sum)[D / 8][4],
   products_commit();
   v.by_rows(dp, dout);
   products_commit();
+  float2 of_rows[8];  // of the other side, which are columns here
+#pragma unroll
+  for (int j = 0; j < 8; ++j) of_rows[j] = log_sums(j);
   products_wait<1>();
   pin(s);
   free_before();
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float2 log_sum = log_sums(j);
-    s[j][0] = power_of_2(fmaf(s[j][0], scale, -log_sum.x));
-    s[j][1] = power_of_2(fmaf(s[j][1], scale, -log_sum.y));
-    s[j][2] = power_of_2(fmaf(s[j][2], scale, -log_sum.x));
-    s[j][3] = power_of_2(fmaf(s[j][3], scale, -log_sum.y));
+    s[j][0] = power_of_2(fmaf(s[j][0], scale, -of_rows[j].x));
+    s[j][1] = power_of_2(fmaf(s[j][1], scale, -of_rows[j].y));
+    s[j][2] = power_of_2(fmaf(s[j][2], scale, -of_rows[j].x));
+    s[j][3] = power_of_2(fmaf(s[j][3], scale, -of_rows[j].y));
   }
   hide(s);
   round_to(weights, s);
@@ -242,16 +254,17 @@ __device__ __forceinline__ void add_key_gradients(float (&dk_sum)[D / 8][4],
   add_product(dv_sum, weights, dout);
   products_commit();
 
+#pragma unroll
+  for (int j = 0; j < 8; ++j) of_rows[j] = load_pair(deltas + 32 * j);
   products_wait<D == 64 ? 1 : 0>();  // registers for both weights and ds
   pin(dp);
   if constexpr (D > 64) pin(dv_sum);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float2 delta = load_pair(deltas + 32 * j);
-    dp[j][0] = s[j][0] * (dp[j][0] - delta.x);
-    dp[j][1] = s[j][1] * (dp[j][1] - delta.y);
-    dp[j][2] = s[j][2] * (dp[j][2] - delta.x);
-    dp[j][3] = s[j][3] * (dp[j][3] - delta.y);
+    dp[j][0] = s[j][0] * (dp[j][0] - of_rows[j].x);
+    dp[j][1] = s[j][1] * (dp[j][1] - of_rows[j].y);
+    dp[j][2] = s[j][2] * (dp[j][2] - of_rows[j].x);
+    dp[j][3] = s[j][3] * (dp[j][3] - of_rows[j].y);
   }
   round_to(ds, dp);
   products_fence();

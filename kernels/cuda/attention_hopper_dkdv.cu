@@ -11,6 +11,8 @@
 // computes dS, dv of this step. Floor: 8 D operations for each pair, B 16, Hq 8, Hkv 2, D 64,
 // N 4096: 5.5e11, 0.6 ms at 900 TFLOP/s. Measured on an H100: 1.11 ms; with delta and dq 1.76 ms,
 // where cuDNN's deterministic backward takes 2.5 and its atomic one 1.9.
+//
+// At D 128 some words that only an item's begin and end need are spilled.
 #include "kernels/cuda/attention_hopper.cuh"
 
 namespace entrain::cuda {
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
   }
 
   more_registers<240>();
-  const int mine = thread / warpgroup;  // the warpgroup's block of an item
+  const int mine = uniform(thread / warpgroup);  // the warpgroup's block of an item
   const float scale = p.scale * log2_e;
   for_items(items, [&](int item) {
     const int b = item % key_heads / p.Hkv, r = item % p.Hkv, block = block_of(item);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
     int before = 0, t = block;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int stage = ring.stage;
+      const int stage = uniform(ring.stage);
       ring.wait_full();
       const uint32_t numbers = row_numbers(stage) + thread % 4 * 8;
       add_key_gradients<D>(

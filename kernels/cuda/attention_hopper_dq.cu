@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   }
 
   more_registers<groups == 3 ? 160 : 240>();
-  const int mine = thread / warpgroup;  // the warpgroup's block of an item
+  const int mine = uniform(thread / warpgroup);  // the warpgroup's block of an item
   const int lane_row = thread % warpgroup / 32 * 16 + thread % 32 / 4;
   const float scale = p.scale * log2_e;
   for_items(items, [&](int item) {
@@ -97,15 +97,18 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     int before = 0;
 #pragma unroll 1
     for (int t = 0; t < end; ++t) {
-      const int stage = ring.stage;
+      const int stage = uniform(ring.stage);
       ring.wait_full();
       add_query_gradients(
           sum, ds, q, dout, k_block(stage), v_block(stage), scale,
-          [&](int i) { return -log_sum[i]; }, delta,
+          [&](float(&shifts)[2]) {
+            for (int i = 0; i < 2; ++i) shifts[i] = -log_sum[i];
+          },
+          delta,
           [&] {
             if (t > 0) warp_arrive(ring.empty(before));
           },
-          [&](float(&s)[8][4]) {
+          [&](float(&weights)[8][4]) {
             if (t < block) return;
             // some keys come after some queries
             const int key = t * block_rows + thread % 4 * 2;
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
             for (int j = 0; j < 8; ++j) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                if (key + 8 * j + e % 2 > query + e / 2 * 8) s[j][e] = -INFINITY;
+                if (key + 8 * j + e % 2 > query + e / 2 * 8) weights[j][e] = 0;
               }
             }
           });

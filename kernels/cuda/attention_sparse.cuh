@@ -52,7 +52,8 @@ struct SparseItem {
 /// What comes with a tile's keys and values.
 template <int groups>
 struct SparseStep {
-  // Of each warpgroup's queries, a bit each: whether it attends some key of the tile.
+  // Of each warpgroup's queries, a bit each: whether it attends some key of the tile. None after an
+  // item's last tile.
   uint64_t attending[groups];
   int tile;                         // negative after an item's last one
   float bias[groups * block_rows];  // of the item's queries on the tile's block, where there is one
@@ -93,16 +94,17 @@ class SparseRing : public Ring<stages> {
     for (int tile0 = begin / key_tile / 32 * 32; tile0 * key_tile < end; tile0 += 32) {
       uint64_t attending[groups];
       find_attending(attending, p, queries, item, tile0);
+      const int block_of_lane = (tile0 + lane) * key_tile / block;
       bool some = false;
 #pragma unroll
       for (int w = 0; w < groups; ++w) some = some || attending[w];
       for (uint32_t rest = __ballot_sync(0xffffffffu, some); rest; rest &= rest - 1) {
         const int owner = __ffs(static_cast<int>(rest)) - 1, tile = tile0 + owner;
+        const float* of_block = biases + __shfl_sync(0xffffffffu, block_of_lane, owner);
         this->wait_empty();
         __syncwarp();  // all lanes have seen it empty before it fills
         SparseStep<groups>& step = steps_[this->stage];
         if (p.bias) {
-          const float* of_block = biases + tile * key_tile / block;
           for (int i = lane; i < item.count; i += 32) {
             copy_async<4>(shared_address(step.bias + i), of_block + i * p.bias_blocks, true);
           }
@@ -123,7 +125,10 @@ class SparseRing : public Ring<stages> {
     __syncwarp();
     if (p.bias) barrier_arrive_after_copies(this->full());
     if (lane == 0) {
-      steps_[this->stage].tile = -1;
+      SparseStep<groups>& end = steps_[this->stage];
+      end.tile = -1;
+#pragma unroll
+      for (int w = 0; w < groups; ++w) end.attending[w] = 0;
       barrier_arrive(this->full());
     }
     this->next();
@@ -211,8 +216,8 @@ struct OwnRows {
   __device__ int64_t index(const AttentionProblem& p, const SparseItem& item, int i) const {
     return (item.b * p.Hq + item.r * p.g + head[i]) * p.N + first + query[i];
   }
-  /// Scores of keys of a tile that a row does not see become -infinity.
-  __device__ void hide_unseen(float (&s)[8][4], int tile) const {
+  /// What is of keys of a tile that a row does not see becomes `hidden`: of scores, -infinity.
+  __device__ void hide_unseen(float (&s)[8][4], int tile, float hidden = -INFINITY) const {
     const int key0 = tile * key_tile, key = key0 + static_cast<int>(threadIdx.x) % 4 * 2;
     if (all.begin <= key0 && key0 + key_tile <= all.end) return;
 #pragma unroll
@@ -220,7 +225,7 @@ struct OwnRows {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int at = key + 8 * j + e % 2;
-        if (at < seen[e / 2].begin || at >= seen[e / 2].end) s[j][e] = -INFINITY;
+        if (at < seen[e / 2].begin || at >= seen[e / 2].end) s[j][e] = hidden;
       }
     }
   }

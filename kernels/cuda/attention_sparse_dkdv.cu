@@ -4,10 +4,11 @@
 // An item is a tile of 64 keys of one kv head and a segment of the queries. One warpgroup finds the
 // queries of the segment that attend the tile, 1024 masks at a time, and has their rows of q and dO
 // copied into a ring of stages: a step is 64 rows, the g heads of 64 / g such queries, wherever
-// they lie, one copy a query and 64 columns. Two more warpgroups take turns at the steps, each with
-// its own sums of dk and dv in registers, and at the item's end exchange these, in the shared
-// memory of K and V: the first one then has all of dv, the second one all of dk. K and V have two
-// places, so that those of the next item, and its first steps, come while this one ends.
+// they lie, one copy a query, or a run of four, and 64 columns. Two more warpgroups take turns at
+// the steps, each with its own sums of dk and dv in registers, and at the item's end exchange
+// these, in the shared memory of K and V: the first one then has all of dv, the second one all of
+// dk. K and V have two places, so that those of the next item, and its first steps, come while this
+// one ends.
 //
 // Segments serve two ends. A tile that all queries attend is no single long chain of steps. And q
 // and dO of a kv head, 4 g D bytes a query, are more than the second-level cache holds (g 16, D
@@ -20,14 +21,21 @@
 // whoever computes it; which of the two warpgroups has an item's even steps does not show, since
 // a + b = b + a.
 //
+// With few stages what counts is the time from one's being free to its being full again. So a
+// warpgroup that finds no step waiting ends its last products and frees their stage first, and
+// those who copy look up lists and addresses before the stage is free.
+//
 // Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
 // operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes a row, 32 KiB, and
 // scattered log sums and deltas, 4 KiB in sectors of 32 bytes: 4.7 GB from the second-level cache,
 // 0.85 ms at 24 bytes a clock and multiprocessor, which sets the pace. 2304 items pass on 64 KiB
-// each, written and read: 5% more.
+// each, written and read: 5% more. An H100 took 1.31 ms, 2240 clocks a step, when copying threads
+// looked up everything in a step's turn and a third of the others' time went into waiting for them;
+// 1 ms is expected now.
 //
-// At D 128 registers are short: three values that a computing thread needs at an item's end are
-// spilled.
+// At D 128 registers are short: what a computing thread needs at an item's end is spilled, and
+// addresses that a copying one looks up ahead. (8 registers more for these, and the products'
+// registers no longer suffice for them to run beside the program.)
 #include "kernels/cuda/attention_sparse_steps.cuh"
 
 namespace entrain::cuda {
@@ -118,21 +126,33 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
     own.wait_full();
     const int n = memory.items[own.stage];
     if (n < 0) return;
-    const OwnBlock<D, false> k(memory.k(own.stage)), v(memory.v(own.stage));
+    const int place = uniform(own.stage);
+    const OwnBlock<D, false> k(memory.k(place)), v(memory.v(place));
 
     float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     pin(dk_sum);
     pin(dv_sum);
-    int before = -1;
+    int before = -1;  // the stage whose rows the last products may still read
+    const auto finish = [&] {
+      products_wait<0>();
+      pin(dk_sum);
+      pin(dv_sum);
+      if (before >= 0) warp_arrive(ring.empty(before));
+      before = -1;
+    };
     for (;; next_turn()) {
-      ring.wait_full();
-      const Step& step = memory.steps[ring.stage];
+      if (!ring.is_full()) {
+        finish();  // the copies that are waited for may wait for that stage
+        ring.wait_full();
+      }
+      const int stage = uniform(ring.stage);
+      const Step& step = memory.steps[stage];
       if (step.kind == Step::end) break;
       const uint32_t log_sums = shared_address(step.log_sums + lane_column);
       const uint32_t deltas = shared_address(step.deltas + lane_column);
       const uint32_t biases = shared_address(step.biases + lane_column);
       add_key_gradients<D>(
-          dk_sum, dv_sum, k, v, memory.q(ring.stage), memory.dout(ring.stage), w.scale * log2_e,
+          dk_sum, dv_sum, k, v, memory.q(stage), memory.dout(stage), w.scale * log2_e,
           [&](int j) {
             float2 log_sum = load_pair(log_sums + 32 * j);
             if (w.p.bias) {
@@ -159,12 +179,9 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
               }
             }
           });
-      before = ring.stage;
+      before = stage;
     }
-    products_wait<0>();
-    pin(dk_sum);
-    pin(dv_sum);
-    if (before >= 0) warp_arrive(ring.empty(before));
+    finish();
     warp_arrive(ring.empty(ring.stage));
     next_turn();
 
@@ -240,9 +257,12 @@ void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const 
   const Scratch places(p);
   auto* bytes = static_cast<char*>(scratch);
   check(cudaMemsetAsync(scratch, 0, static_cast<size_t>(places.sums), stream()), "dk and dv");
+  const PackedRows pack(p.g, block_rows);
+  const int run = queries_of_run(pack);
   const Work w{p,
                items,
-               PackedRows(p.g, block_rows),
+               pack,
+               run,
                dk,
                dv,
                numbers,
@@ -252,10 +272,11 @@ void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const 
                reinterpret_cast<int*>(bytes + places.passed),
                reinterpret_cast<float4*>(bytes + places.sums)};
   const auto keys = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hkv, p.keys, p.D); };
-  const auto queries = [&](const Rows<bf16>& x) {
-    return packed_map(x, p.B, p.Hq, p.N, p.D, static_cast<int>(p.g), 1);
+  const auto queries = [&](const Rows<bf16>& x, int count) {
+    return packed_map(x, p.B, p.Hq, p.N, p.D, pack.heads, count);
   };
-  const Maps maps{keys(k), keys(v), queries(q), queries(dout)};
+  const Maps maps{keys(k),          keys(v),         queries(q, 1),
+                  queries(dout, 1), queries(q, run), queries(dout, run)};
   by_dense_head_dim(p.D, [&](auto D) {
     launch("attention_backward: dk and dv", key_gradients<D>,
            std::min<int64_t>(items.count(), multiprocessors()), threads, Memory<D>::bytes, maps, w);

@@ -4,10 +4,14 @@
 // Items, steps and the ring of K and V are attention_sparse.cuh's; a warpgroup has 64 rows, and a
 // thread block three of them where D is 64, two where D is 128. A step is the dense engine's
 // (attention_hopper_dq.cu): dS is the left operand of dq += dS K where S and dP leave it, and
-// nothing but K and V passes through shared memory. While that product runs, dS is summed for
-// dbias: over a row by its four lanes, over the rows of a query, which are all in one warpgroup, by
-// one thread through shared memory. It writes the query's sums, those of a block of several tiles
-// in the tiles' order.
+// nothing but K and V passes through shared memory. For dbias a lane sums what it has of dS, and
+// while the next step's products run, these sums are added up over a query's rows by shuffles where
+// they are in one warp (g 1, 2, 4, 8 and 16), else at once through shared memory. One lane writes a
+// query's sums, those of a block of several tiles in the tiles' order.
+//
+// The last product of a step runs on while a warpgroup passes over tiles and goes into its next
+// step. But before it waits for the ring, it waits for that product and frees its stage, which the
+// ring may need.
 //
 // Four warps copy: one the keys, and one for each warpgroup its q and dO, as soon as it has done
 // with those of its item before, while other warpgroups may still be at theirs. q is held in
@@ -18,7 +22,9 @@
 // Floor: 6 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
 // 0.125: 4.1e11 operations, 0.42 ms at wgmma's 989 TFLOP/s, 0.69 ms at 600. A step copies 256 D
 // bytes: 32 KB, 1370 clocks at the second-level cache's 24 bytes each, beside products of 1540
-// clocks where both warpgroups attend the tile and of 770 where one does.
+// clocks where both warpgroups attend the tile and of 770 where one does. An H100 took 1.48 ms,
+// 3900 clocks for a warpgroup's step, when sums for dbias, biases and descriptors computed lane by
+// lane came between the products; without these, 1 ms is expected.
 #include "kernels/cuda/attention_sparse.cuh"
 
 namespace entrain::cuda {
@@ -40,31 +46,87 @@ struct QueryGradients {
 
 #ifdef ENTRAIN_HOPPER
 
-/// Where a query's sums of dS go, one tile after the other.
-struct BiasGradient {
-  float* row;
-  int block = -1;
-  float sum = 0;
-
-  __device__ void add(int to, float x) {
-    sum = to == block ? sum + x : x;
-    block = to;
-    row[block] = sum;
+/// A warpgroup's part of dbias. Sums of a tile are taken at its step; where all rows of a query are
+/// in one warp, they are added up and written when the next step's products run.
+class BiasGradients {
+ public:
+  /// dbias: of the first query, or null. barrier: the warpgroup's.
+  __device__ BiasGradients(float* dbias, int64_t blocks, int block, const PackedRows& pack,
+                           int barrier)
+      : block_(block), heads_(pack.heads), barrier_(barrier), in_warp_(16 % pack.heads == 0) {
+    const int thread = static_cast<int>(threadIdx.x) % warpgroup, lane = thread % 32;
+    // Lanes that differ in these bits only have rows of the same query.
+    lanes_ = (4 * min(heads_, 8) - 2) | (heads_ == 16 ? 1 : 0);
+    const int row = thread / 32 * 16 + lane % 2 * 8 + lane / 4;
+    const bool writes = in_warp_ ? (lane & lanes_) == 0 : thread < pack.queries;
+    query_ = !writes ? -1 : in_warp_ ? pack.query(row) : thread;
+    row_ = dbias + max(query_, 0) * blocks;
   }
+  /// attending: the queries of the warpgroup that attend the tile. room: for a float for each row.
+  __device__ void take(const float (&ds)[8][4], int tile, uint64_t attending, float* room) {
+    float sums[2];  // of the thread's part of its rows
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float even = 0, odd = 0;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        even += ds[j][2 * i];
+        odd += ds[j][2 * i + 1];
+      }
+      sums[i] = even + odd;
+    }
+    tile_ = query_ >= 0 && attending >> query_ & 1 ? tile : -1;
+    if (in_warp_) {
+      // A lane goes on with one of the two.
+      const bool second = threadIdx.x % 2 == 1;
+      sum_ = (second ? sums[1] : sums[0]) +
+             __shfl_xor_sync(0xffffffffu, second ? sums[0] : sums[1], 1);
+    } else {
+      add_up(sums, room);
+    }
+  }
+  /// By whole warps; nothing where all has been written.
+  __device__ void write() {
+    if (in_warp_) {
+#pragma unroll
+      for (int offset : {2, 4, 8, 16, 1}) {
+        const float other = __shfl_xor_sync(0xffffffffu, sum_, offset);
+        if (lanes_ & offset) sum_ += other;
+      }
+    }
+    if (tile_ < 0) return;
+    const int block = block_ == key_tile ? tile_ : tile_ * key_tile / block_;
+    of_block_ = block == before_ ? of_block_ + sum_ : sum_;
+    before_ = block;
+    row_[block] = of_block_;
+    tile_ = -1;
+  }
+
+ private:
+  /// A query's rows lie in several warps: one thread adds them up.
+  __device__ void add_up(const float (&sums)[2], float* room) {
+    const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float sum = quad_sum(sums[i]);
+      if (thread % 4 == 0) room[thread / 32 * 16 + i * 8 + thread % 32 / 4] = sum;
+    }
+    warpgroup_sync(barrier_);
+    sum_ = 0;
+    if (query_ < 0) return;
+    for (int h = 0; h < heads_; ++h) sum_ += room[query_ * heads_ + h];
+  }
+
+  int block_, heads_, barrier_;
+  bool in_warp_;
+  int lanes_;
+  int query_;  // whose sums the thread writes, or negative
+  float* row_;
+  int tile_ = -1;  // where that query's sum is to be written, or negative
+  float sum_ = 0;
+  int before_ = -1;  // a block may have several tiles, which come one after the other
+  float of_block_ = 0;
 };
-
-/// Leaves the sums of a warpgroup's rows.
-__device__ __forceinline__ void store_row_sums(float* to, const float (&ds)[8][4]) {
-  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum += ds[j][2 * i] + ds[j][2 * i + 1];
-    sum = quad_sum(sum);
-    if (thread % 4 == 0) to[thread / 32 * 16 + i * 8 + thread % 32 / 4] = sum;
-  }
-}
 
 #endif  // ENTRAIN_HOPPER
 
@@ -115,7 +177,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
       for_items(items, [&](int number) {
         const SparseItem item(p, queries, number);
         const int first = item.first + warp * pack.queries;
-        own.wait_empty();
+        barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
         barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
         copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
         copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
@@ -131,7 +193,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   }
 
   more_registers<groups == 3 ? 152 : 232>();
-  const int mine = thread / warpgroup, rank = thread % warpgroup;
+  const int mine = uniform(thread / warpgroup);
   Ring<1> own = own_ring(mine);
   for_items(items, [&](int number) {
     const SparseItem item(p, queries, number);
@@ -145,7 +207,8 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
       log_sum[i] = rows.has[i] ? numbers.log_sums[row] : INFINITY;
       delta[i] = rows.has[i] ? numbers.deltas[row] : 0;
     }
-    BiasGradient gradient{dbias + (item.index(p) + first + rank) * dbias_blocks};
+    BiasGradients gradients(dbias + (item.index(p) + first) * dbias_blocks, dbias_blocks,
+                            static_cast<int>(p.block), pack, 1 + mine);
     own.wait_full();
     const OwnBlock<D, (D > 64)> q(q_block(mine));
     const OwnBlock<D, false> dout(dout_block(mine));
@@ -161,42 +224,42 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     };
 #pragma unroll 1
     for (;; ring.next()) {
-      const int stage = ring.stage;
-      ring.wait_full();
+      const int stage = uniform(ring.stage);
+      if (!ring.is_full()) {
+        finish();  // the ring may wait for that stage
+        ring.wait_full();
+      }
       const SparseStep<groups>& step = ring.step();
       const int tile = step.tile;
       const uint64_t attending = step.attending[mine];
-      if (__any_sync(~0u, tile < 0)) break;
       if (!__any_sync(~0u, attending != 0)) {
-        finish();  // lest the ring waits for that stage while this waits for the ring
+        if (tile < 0) break;
         warp_arrive(ring.empty(stage));
         continue;
       }
       add_query_gradients(
           sum, ds, q, dout, ring.k(stage), ring.v(stage), scale * log2_e,
-          [&](int i) {
-            if (!(attending >> rows.query[i] & 1)) return -INFINITY;
-            return (p.bias ? step.bias[first + rows.query[i]] * log2_e : 0) - log_sum[i];
+          [&](float(&shifts)[2]) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const float bias = p.bias ? step.bias[first + rows.query[i]] * log2_e : 0;
+              shifts[i] = attending >> rows.query[i] & 1 ? bias - log_sum[i] : -INFINITY;
+            }
+            if (dbias) gradients.write();
           },
           delta,
           [&] {
             if (before >= 0) warp_arrive(ring.empty(before));
           },
-          [&](float(&s)[8][4]) { rows.hide_unseen(s, tile); });
+          [&](float(&weights)[8][4]) { rows.hide_unseen(weights, tile, 0); });
       before = stage;
-
-      if (!dbias) continue;
-      // Each stage has its own sums: who writes them next has waited for who reads them here.
-      float* of_rows = sums + (stage * groups + mine) * block_rows;
-      store_row_sums(of_rows, ds);
-      warpgroup_sync(1 + mine);
-      if (rank < pack.queries && attending >> rank & 1) {
-        float of_query = 0;
-        for (int h = 0; h < pack.heads; ++h) of_query += of_rows[rank * pack.heads + h];
-        gradient.add(tile * key_tile / static_cast<int>(p.block), of_query);
+      // Each stage has its own room: who writes there next has waited for who reads there now.
+      if (dbias) {
+        gradients.take(ds, tile, attending, sums + (stage * groups + mine) * block_rows);
       }
     }
     finish();
+    gradients.write();
     warp_arrive(ring.empty(ring.stage));  // that told of the end
     ring.next();
     warp_arrive(own.empty(0));

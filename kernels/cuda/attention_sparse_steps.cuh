@@ -29,16 +29,25 @@ struct Items {
   __host__ __device__ int count() const { return kv_heads * tiles * segments; }
 };
 
-/// How the copy engine finds blocks of k and v, and a query's rows of a kv head in q and dO.
+/// How the copy engine finds blocks of k and v, and the rows of a kv head in q and dO: a query's,
+/// and those of a run of neighbouring queries.
 struct Maps {
-  CUtensorMap k, v, q, dout;
+  CUtensorMap k, v, q, dout, q_run, dout_run;
 };
+
+/// Queries of a run: as many as divide a step's into whole runs.
+inline int queries_of_run(const PackedRows& pack) {
+  int run = 4;
+  while (pack.queries % run != 0) run /= 2;
+  return run;
+}
 
 /// The problem as the kernel takes it.
 struct Work {
   AttentionProblem p;
   Items items;
   PackedRows pack;
+  int run;  // queries
   Rows<bf16> dk, dv;
   QueryNumbers numbers;
   int64_t padded;  // rows of a head in numbers
@@ -159,52 +168,65 @@ __device__ __forceinline__ void draw_item(const Work& w, const Maps& maps,
 
 /// By a warpgroup: starts copying the rows of the queries of a list from `first` on that fill a
 /// step. Where these are too few, the others' rows are zeros with an infinite log sum: their P is
-/// 0.
+/// 0. biases: the tile's, of the kv head's first query.
 template <int D>
 __device__ __forceinline__ void gather_step(const Work& w, const Maps& maps, const Item& item,
-                                            const AttendingQueries& queries, int first,
-                                            Memory<D>& memory) {
-  constexpr int panels = D / 64;
+                                            const float* biases, const AttendingQueries& queries,
+                                            int first, Memory<D>& memory) {
+  constexpr uint32_t panels = D / 64;
   const auto thread = static_cast<int>(threadIdx.x);
   const int g = static_cast<int>(w.p.g), head0 = item.r * g;
   const int count = min(w.pack.queries, queries.count() - first);
+  // Where things are is found out before there is room for them.
   const bool whole = queries.whole(first, count);
+  const int row = thread % block_rows, query = queries[first + min(w.pack.query(row), count - 1)];
+  const bool has = w.pack.query(row) < count;
+  const float* number = (thread < block_rows ? w.numbers.log_sums : w.numbers.deltas) +
+                        (item.b * w.p.Hq + head0 + w.pack.head(row)) * w.padded + query;
   auto& ring = memory.ring;
   ring.wait_empty();
 
   Step& step = memory.steps[ring.stage];
   if (thread == 0) {
     step.kind = whole ? Step::whole : Step::part;
-    barrier_arrive_expecting(ring.full(), 2 * panels * w.pack.queries * g * 128);
+    barrier_arrive_expecting(ring.full(), 2 * D / 64 * w.pack.queries * g * 128);
   }
   // A warp issues its threads' copies one by one: each has as many. What they bring may arrive
-  // before it is expected.
+  // before it is expected. Neighbours in the list often are neighbouring queries: one copy for all.
+  const auto token = [&](int nth) {
+    return nth < count ? queries[first + nth] : static_cast<int>(w.p.N);
+  };
 #pragma unroll 1
-  for (int i = thread % 32 * 4 + thread / 32; i < 2 * panels * w.pack.queries; i += warpgroup) {
-    const int panel = i / 2 % panels, query = i / 2 / panels;
-    const int token = query < count ? queries[first + query] : static_cast<int>(w.p.N);
-    const Block to = i % 2 == 0 ? memory.q(ring.stage) : memory.dout(ring.stage);
-    copy_panel(to.address + panel * panel_bytes + query * g * 128, i % 2 == 0 ? maps.q : maps.dout,
-               ring.full(), panel * 64, head0, token, item.b);
+  for (uint32_t i = threadIdx.x % 32 * 4 + threadIdx.x / 32;
+       i < 2 * panels * w.pack.queries / w.run; i += warpgroup) {
+    const auto panel = static_cast<int>(i / 2 % panels);
+    const int nth = static_cast<int>(i / 2 / panels) * w.run, end = nth + w.run;
+    const Block block = i % 2 == 0 ? memory.q(ring.stage) : memory.dout(ring.stage);
+    const uint32_t to = block.address + panel * panel_bytes + nth * g * 128;
+    if (end <= count ? token(end - 1) - token(nth) == w.run - 1 : nth >= count) {
+      copy_panel(to, i % 2 == 0 ? maps.q_run : maps.dout_run, ring.full(), panel * 64, head0,
+                 token(nth), item.b);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < w.run; ++j) {
+        copy_panel(to + j * g * 128, i % 2 == 0 ? maps.q : maps.dout, ring.full(), panel * 64,
+                   head0, token(nth + j), item.b);
+      }
+    }
   }
 
-  const int row = thread % block_rows, query = queries[first + min(w.pack.query(row), count - 1)];
-  const bool has = w.pack.query(row) < count;
-  const int64_t at = (item.b * w.p.Hq + head0 + w.pack.head(row)) * w.padded + query;
-  if (thread >= block_rows) {
-    copy_async<4>(shared_address(&step.deltas[row]), w.numbers.deltas + at, has);
-  } else {
+  if (thread < block_rows) {
     if (has) {
-      copy_async<4>(shared_address(&step.log_sums[row]), w.numbers.log_sums + at, true);
+      copy_async<4>(shared_address(&step.log_sums[row]), number, true);
     } else {
       step.log_sums[row] = INFINITY;
     }
-    if (w.p.bias) {
-      const float* bias = w.p.bias + (item.kv_head * w.p.N + query) * w.p.bias_blocks +
-                          item.tile * key_tile / static_cast<int>(w.p.block);
-      copy_async<4>(shared_address(&step.biases[row]), bias, has);
-    }
     if (!whole) step.seen[row] = has ? seen_by(w.p, query) : KeyRange{0, 0};
+  } else {
+    copy_async<4>(shared_address(&step.deltas[row]), number, has);
+    if (w.p.bias) {
+      copy_async<4>(shared_address(&step.biases[row]), biases + query * w.p.bias_blocks, has);
+    }
   }
   barrier_arrive_after_copies(ring.full());
   warp_arrive(ring.full());
@@ -221,6 +243,8 @@ __device__ __forceinline__ void copy_items(const Work& w, const Maps& maps, Memo
     const int n = memory.items[memory.own.stage];
     if (n < 0) break;
     const Item item(w.items, n);
+    const float* biases = w.p.bias + item.kv_head * w.p.N * w.p.bias_blocks +
+                          item.tile * key_tile / static_cast<int>(w.p.block);
     const int begin = item.segment * w.items.length;
     AttendingQueries queries(w.p, item.kv_head, item.tile, begin,
                              min(begin + w.items.length, static_cast<int>(w.p.N)), memory.list);
@@ -230,7 +254,7 @@ __device__ __forceinline__ void copy_items(const Work& w, const Maps& maps, Memo
       const int fill = queries.more() ? 0 : w.pack.queries - 1;
       const int steps = (queries.count() + fill) / w.pack.queries;
       for (int i = 0; i < steps; ++i) {
-        gather_step(w, maps, item, queries, i * w.pack.queries, memory);
+        gather_step(w, maps, item, biases, queries, i * w.pack.queries, memory);
       }
       meet(1, warpgroup);
       queries.drop(min(steps * w.pack.queries, queries.count()));

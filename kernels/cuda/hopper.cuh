@@ -51,6 +51,20 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int b
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+/// Whether the phase of a parity has ended.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
@@ -64,6 +78,10 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!done);
+}
+/// For long waits: else a thread asks every dozen clocks, and takes these from others.
+__device__ __forceinline__ void barrier_wait_asleep(uint32_t barrier, uint32_t parity) {
+  while (!barrier_passed(barrier, parity)) __nanosleep(200);
 }
 
 /// An arrival, which the barrier's count includes, once this thread's copy_async() so far are done.

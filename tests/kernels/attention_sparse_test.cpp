@@ -74,10 +74,11 @@ TEST(SparseAttention, RandomProblemsAreTheCpus) {
 }
 
 /// More queries than one round of thread blocks takes, and keys beyond a stage ring; whole tiles of
-/// keys that only some warpgroups attend.
+/// keys that only some warpgroups attend; a query in several warps.
 TEST(SparseAttention, LongProblemsAreTheCpus) {
   NEEDS_GPU();
   const AttentionSetup setups[] = {
+      {"g 32", {1, 32, 1, 500, 64}, {.mask = true, .bias = true, .density = 0.2, .alike = 16}},
       {"g 16", {1, 16, 1, 1100, 128}, {.mask = true, .bias = true, .density = 0.1}},
       {"g 4", {1, 4, 1, 2500, 64}, {.mask = true, .bias = true, .density = 0.1, .alike = 8}},
       {"g 1", {1, 1, 1, 5000, 64}, {.mask = true, .density = 0.05, .alike = 64}},
