@@ -133,7 +133,8 @@ class QueryRows {
     const auto sigma_g = static_cast<float>(routing.sigma * p_.route.g);
     const auto eps = static_cast<float>(routing.prior_eps);
     const RowTile p_tile = table(0), d_tile = table(1);
-    const int column = static_cast<int>(threadIdx.x) % 64;
+    const int warp = static_cast<int>(threadIdx.x) % warpgroup / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum_[i] = sum_x_[i] = sum_xd_[i] = 0;
 #pragma unroll 1
@@ -154,11 +155,15 @@ class QueryRows {
       p_tile.put(p);
       wait_copies();
       warpgroup_sync(1 + group_);
-      for (int i = static_cast<int>(threadIdx.x) % warpgroup / 64; i < p_.route.queries; i += 2) {
-        const float w = p_tile.mean(i, column, p_.route.g);
-        const float x = w > least_weight ? 1 / (sigma_g * (w + eps)) : 0;
-        factors_[i * factor_step_ + 64 * tile + column] = x;
-        *p_tile.at(i * p_.route.g, column) = x;  // nobody else reads what was there
+      for (int i = warp; i < p_.route.queries; i += 4) {
+        const float2 means = p_tile.means(i, p_.route.g);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float w = half == 0 ? means.x : means.y;
+          const float x = w > least_weight ? 1 / (sigma_g * (w + eps)) : 0;
+          factors_[i * factor_step_ + 64 * tile + 32 * half + lane] = x;
+          *p_tile.at(i * p_.route.g, 32 * half + lane) = x;  // nobody else reads what was there
+        }
       }
       warpgroup_sync(1 + group_);
 #pragma unroll
