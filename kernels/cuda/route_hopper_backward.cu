@@ -17,7 +17,8 @@
 //
 // It took 600 us when each tile's D and dw, tau and dq were waited for where they are needed, eight
 // warps having little else to do. All are asked for a tile or a sweep ahead, but for D where g = 1,
-// whose table has no room for two tiles: about 520 us are to be expected.
+// whose table has no room for two tiles: about 520 us are to be expected. Where D = 64, rows of dq
+// waiting in registers make a few words spill, of which a tile takes one.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
