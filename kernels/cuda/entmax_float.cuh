@@ -114,7 +114,7 @@ struct FloatEntmax {
     const float norm = curve == Curve::square ? sqrtf(f)
                        : curve == Curve::line ? f
                                               : exp2f(alpha_1 * log2f(f));
-    const float next = t + (norm - 1) * f / (norm * df), moved = next - t;
+    const float next = t + __fdividef((norm - 1) * f, norm * df), moved = next - t;
     if (!(next > t)) return false;  // it has converged to rounding, or is NaN
     t = next;
     return moved > enough;

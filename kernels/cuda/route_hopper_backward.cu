@@ -14,6 +14,11 @@
 // 2 D operations for each in seven products: 1.2e11, 0.12 ms at 989 TFLOP/s; summaries from L2,
 // 4096 items of 2.5 tiles of 32, 32 and 48 KB: 1.1 GB, 0.2 ms; about 50 other operations a pair,
 // 0.1 ms beside both.
+//
+// It took 600 us when each tile's D and dw, tau and dq were waited for where they are needed, eight
+// warps having little else to do. All are asked for a tile or a sweep ahead, but for D where g = 1,
+// whose table has no room for two tiles: about 520 us are to be expected. Where D = 64, rows of dq
+// waiting in registers make a few words spill, of which a tile takes one.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -63,6 +68,8 @@ class QueryRows {
   __device__ __forceinline__ void take(const RouteItem& item, const Entmax& entmax,
                                        const Rows<bf16>& dq) {
     place(item);
+    warpgroup_sync(1 + group_);  // the last item's tables are done with
+    if (two_fit()) copy_sums(item.begin);
     find_thresholds();
     weigh(entmax);
     put_weight_gradients();
@@ -97,6 +104,16 @@ class QueryRows {
   __device__ RowTile table(int i) const {
     return RowTile(tables_ + i * RowTile::bytes);
   }
+  /// Whether the second table has room for D of two tiles, so that the next tile's may come early.
+  __device__ bool two_fit() const {
+    return p_.route.queries <= block_rows / 2;
+  }
+  __device__ RowTile sums(int tile) const {
+    return RowTile(table(1).at(two_fit() ? tile % 2 * (block_rows / 2) : 0, 0));
+  }
+  __device__ __forceinline__ void copy_sums(int tile) const {
+    copy_columns(sums(tile), p_.dbias_of(item_, first_), p_.route, tile, count_);
+  }
   __device__ __forceinline__ void score(float (&z)[8][4], int tile) {
     ring_.wait_full();
     rows_.multiply(z, stage());
@@ -105,7 +122,13 @@ class QueryRows {
     rows_.scale(z, tile);
   }
 
+  /// Of the query in the thread's row i.
+  __device__ __forceinline__ float tau(int i) const {
+    if (!rows_.routes(i)) return 0;
+    return static_cast<float>(p_.tau[p_.route.at_row(item_, first_ + row_[i], head(i))]);
+  }
   __device__ __forceinline__ void find_thresholds() {
+    const float taus[2] = {tau(0), tau(1)};
     float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
     for (int tile = item_.begin; tile < item_.end; ++tile) {
@@ -120,9 +143,7 @@ class QueryRows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       top[i] = Lanes(4).max(top[i]);
-      if (!rows_.routes(i)) continue;
-      const int64_t at = p_.route.at_row(item_, first_ + row_[i], head(i));
-      numbers_[i].threshold = top[i] + static_cast<float>(p_.tau[at]);
+      if (rows_.routes(i)) numbers_[i].threshold = top[i] + taus[i];
     }
   }
 
@@ -132,14 +153,16 @@ class QueryRows {
     const DashRouting& routing = p_.route.routing;
     const auto sigma_g = static_cast<float>(routing.sigma * p_.route.g);
     const auto eps = static_cast<float>(routing.prior_eps);
-    const RowTile p_tile = table(0), d_tile = table(1);
-    const int column = static_cast<int>(threadIdx.x) % 64;
+    const RowTile p_tile = table(0);
+    const int warp = static_cast<int>(threadIdx.x) % warpgroup / 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) sum_[i] = sum_x_[i] = sum_xd_[i] = 0;
 #pragma unroll 1
     for (int tile = item_.begin; tile < item_.end; ++tile) {
+      const RowTile d_tile = sums(tile);
       warpgroup_sync(1 + group_);  // the last tables are done with
-      copy_columns(d_tile, p_.dbias_of(item_, first_), p_.route, tile, count_);
+      if (!two_fit()) copy_sums(tile);
       float z[8][4], p[8][4];
       score(z, tile);
 #pragma unroll
@@ -154,11 +177,16 @@ class QueryRows {
       p_tile.put(p);
       wait_copies();
       warpgroup_sync(1 + group_);
-      for (int i = static_cast<int>(threadIdx.x) % warpgroup / 64; i < p_.route.queries; i += 2) {
-        const float w = p_tile.mean(i, column, p_.route.g);
-        const float x = w > least_weight ? 1 / (sigma_g * (w + eps)) : 0;
-        factors_[i * factor_step_ + 64 * tile + column] = x;
-        *p_tile.at(i * p_.route.g, column) = x;  // nobody else reads what was there
+      if (two_fit() && tile + 1 < item_.end) copy_sums(tile + 1);
+      for (int i = warp; i < p_.route.queries; i += 4) {
+        const float2 means = p_tile.means(i, p_.route.g);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float w = half == 0 ? means.x : means.y;
+          const float x = w > least_weight ? 1 / (sigma_g * (w + eps)) : 0;
+          factors_[i * factor_step_ + 64 * tile + 32 * half + lane] = x;
+          *p_tile.at(i * p_.route.g, 32 * half + lane) = x;  // nobody else reads what was there
+        }
       }
       warpgroup_sync(1 + group_);
 #pragma unroll
@@ -182,24 +210,38 @@ class QueryRows {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int begin = 64 * item_.begin, end = min(64 * item_.end, p_.route.M);
     for (int i = warp; i < count_; i += 4) {
-      float* d = p_.dbias_of(item_, first_ + i);
-      const float* x = factors_ + i * factor_step_;
+      float* const ds = p_.dbias_of(item_, first_ + i);
+      const float* const xs = factors_ + i * factor_step_;
+      // Calls f(x, D, where it is) for the lane's chunks, of which it reads eight at a time.
+      const auto for_chunks = [&](auto f) {
+        constexpr int batch = 8;
+        for (int from = begin + lane; from < end; from += 32 * batch) {
+          float x[batch], d[batch];
+#pragma unroll
+          for (int k = 0; k < batch; ++k) {
+            const int c = from + 32 * k;
+            x[k] = c < end ? xs[c] : 0;
+            d[k] = c < end ? ds[c] : 0;
+          }
+#pragma unroll
+          for (int k = 0; k < batch; ++k) {
+            if (from + 32 * k < end) f(x[k], d[k], ds + from + 32 * k);
+          }
+        }
+      };
       float mean = 0;
       if (p_.route.routing.center) {
         float sum = 0;
         int support = 0;
-#pragma unroll 4
-        for (int c = begin + lane; c < end; c += 32) {
-          const bool routed = x[c] > 0;
-          sum += routed ? d[c] : 0;
-          support += routed ? 1 : 0;
-        }
+        for_chunks([&](float x, float d, float*) {
+          sum += x > 0 ? d : 0;
+          support += x > 0 ? 1 : 0;
+        });
         sum = warp_sum(sum);
         support = warp_sum(support);
         mean = support > 0 ? sum / static_cast<float>(support) : 0;
       }
-#pragma unroll 4
-      for (int c = begin + lane; c < end; c += 32) d[c] = x[c] > 0 ? x[c] * (d[c] - mean) : 0;
+      for_chunks([&](float x, float d, float* at) { *at = x > 0 ? x * (d - mean) : 0; });
       if (lane == 0) means_[i] = mean;
     }
     warpgroup_sync(1 + group_);
@@ -219,6 +261,12 @@ class QueryRows {
 
   template <class Entmax>
   __device__ __forceinline__ void add_query_gradients(const Entmax& entmax, const Rows<bf16>& dq) {
+    const auto copy_dw = [&](int tile) {
+      copy_columns(table(tile % 2), p_.dbias_of(item_, first_), p_.route, tile, count_);
+    };
+    copy_dw(item_.begin);
+    uint32_t old[2][D / 8];  // of dq, long before it is needed
+    read_rows(old, dq);
     float sum[D / 8][4] = {};
     Fragment dz[4];
     pin(sum);
@@ -226,12 +274,12 @@ class QueryRows {
 #pragma unroll 1
     for (int tile = item_.begin; tile < item_.end; ++tile) {
       const RowTile dw = table(tile % 2);
-      copy_columns(dw, p_.dbias_of(item_, first_), p_.route, tile, count_);
       float z[8][4];
       score(z, tile);  // the last product is complete, too
       if (tile > item_.begin) warp_arrive(ring_.empty(before));
       wait_copies();
       warpgroup_sync(1 + group_);  // the other table is done with, too
+      if (tile + 1 < item_.end) copy_dw(tile + 1);
       score_gradients(z, entmax, numbers_, dw, row_);
       round_to(dz, z);
       ring_.wait_full();
@@ -244,24 +292,34 @@ class QueryRows {
     products_wait<0>();
     pin(sum);
     warp_arrive(ring_.empty(before));
-    add_rows(sum, dq);
+    add_rows(sum, old, dq);
   }
 
+  /// Where the thread has parts of its row i of dq, a pair of every eight columns.
+  __device__ __forceinline__ uint32_t* row_of(const Rows<bf16>& dq, int i) const {
+    bf16* row = dq.at(item_.b, item_.r * p_.route.g + head(i), first_ + row_[i]);
+    return reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
+  }
+  __device__ __forceinline__ void read_rows(uint32_t (&old)[2][D / 8], const Rows<bf16>& dq) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* from = row_of(dq, i);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) old[i][j] = rows_.routes(i) ? from[4 * j] : 0;
+    }
+  }
   __device__ __forceinline__ void add_rows(const float (&sum)[D / 8][4],
+                                           const uint32_t (&old)[2][D / 8],
                                            const Rows<bf16>& dq) const {
     const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head(i), first_ + row_[i]);
-      auto* at = reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
-      uint32_t old[D / 8];
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) old[j] = at[4 * j];
+      uint32_t* to = row_of(dq, i);
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        at[4 * j] = pack(__uint_as_float(old[j] << 16) + scale * sum[j][2 * i],
-                         __uint_as_float(old[j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
+        to[4 * j] = pack(__uint_as_float(old[i][j] << 16) + scale * sum[j][2 * i],
+                         __uint_as_float(old[i][j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
       }
     }
   }

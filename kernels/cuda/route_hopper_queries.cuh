@@ -30,88 +30,103 @@ class Queries {
 
   /// Tiles without candidates: all but [begin, end).
   __device__ void fill_outside(int begin, int end) const {
-    const int tiles = max(out_.words, (p_.M + 63) / 64);
     for (int s = 0; s < number_; ++s) {
-      for (int tile = 0; tile < tiles; ++tile) {
-        if (tile < begin || tile >= end) put(s, tile, [](int) { return 0.0f; });
+      const int own = __shfl_sync(0xffffffffu, own_, s);
+      zero(s, 0, min(64 * begin, p_.M));
+      zero(s, 64 * end, p_.M);
+      for (int tile = lane_; tile < out_.words; tile += 32) {
+        if (tile < begin || tile >= end) out_.mask[at(s) * out_.words + tile] = forced(own, tile);
       }
     }
   }
   /// Weights, mask and, but for its mean, bias of a tile, of which p is complete.
   __device__ void put_tile(const RowTile& p, int tile) {
+    const auto eps = static_cast<float>(p_.routing.prior_eps);
     for (int s = 0; s < number_; ++s) {
-      const Logs logs =
-          put(s, tile, [&](int column) { return p.mean(warp_ + 4 * s, column, p_.g); });
-      const float sum = warp_sum(logs.sum);
+      const int own = __shfl_sync(0xffffffffu, own_, s), end = __shfl_sync(0xffffffffu, end_, s);
+      const float2 means = p.means(warp_ + 4 * s, p_.g);
+      float sum = 0;
+      uint64_t support = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = 64 * tile + 32 * half + lane_;
+        const float w = c >= p_.init() && c < end ? half == 0 ? means.x : means.y : 0;
+        const bool routed = w > least_weight;
+        const float l = routed ? __logf(w + eps) : 0;
+        if (c < p_.M) {
+          out_.bias[at(s) * p_.M + c] = l * share_;
+          if (out_.weights) out_.weights[at(s) * p_.M + c] = w;
+        }
+        sum += l;
+        support |= uint64_t{__ballot_sync(0xffffffffu, routed)} << 32 * half;
+      }
+      if (lane_ == 0 && tile < out_.words) {
+        out_.mask[at(s) * out_.words + tile] = support | forced(own, tile);
+      }
+      if (!p_.routing.center || support == 0) continue;
+      sum = warp_sum(sum);
       if (lane_ == s) {
         sum_ += sum;
-        support_ += logs.support;
+        support_ += __popcll(support);
       }
     }
   }
-  /// Takes the mean of the logs over the support from the bias, in tiles [begin, end), four at a
-  /// time. Lanes read again what they wrote, but for the mask.
+  /// Takes the mean of the logs over the support from the bias, in tiles [begin, end), eight at a
+  /// time, whosever they are. Lanes read again what they wrote, but for the mask.
   __device__ void centre(int begin, int end) const {
+    constexpr int batch = 8;
     __syncwarp();
-    for (int s = 0; s < number_; ++s) {
-      const int support = __shfl_sync(0xffffffffu, support_, s);
-      const float mean = __shfl_sync(0xffffffffu, sum_, s) / static_cast<float>(support) * share_;
-      if (support == 0) continue;
-      const int last = __shfl_sync(0xffffffffu, end_, s);
-      float* bias = out_.bias + at(s) * p_.M;
-      const uint64_t* mask = out_.mask + at(s) * out_.words;
-      for (int tile = begin; tile < end; tile += 4) {
-        float old[8];
-        bool routed[8];
+    const float own_mean = support_ > 0 ? sum_ / static_cast<float>(support_) * share_ : 0;
+    float* const bias = out_.bias + at_ * p_.M + lane_;
+    int s = begin < end ? 0 : number_, tile = begin;
+    while (s < number_) {
+      int place[batch];
+      float old[2 * batch], mean[batch];
+      uint32_t routed = 0;  // a bit for each
 #pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          const int c = 64 * tile + 32 * x + lane_;
-          routed[x] = c >= p_.init() && c < last && (mask[c / 64] >> c % 64 & 1) != 0;
-          old[x] = c < last ? bias[c] : 0;
-        }
+      for (int x = 0; x < batch; ++x) {
+        const int last = s < number_ ? __shfl_sync(0xffffffffu, end_, s) : 0;
+        mean[x] = __shfl_sync(0xffffffffu, own_mean, s);
+        place[x] = 4 * s * p_.M + 64 * tile;
+        const uint64_t mask = last > 0 ? out_.mask[at(s) * out_.words + tile] : 0;
 #pragma unroll
-        for (int x = 0; x < 8; ++x) {
-          if (routed[x]) bias[64 * tile + 32 * x + lane_] = old[x] - mean;
+        for (int half = 0; half < 2; ++half) {
+          const int c = 64 * tile + 32 * half + lane_;
+          const bool candidate = c >= p_.init() && c < last;
+          if (candidate && (mask >> (32 * half + lane_) & 1) != 0) routed |= 1u << (2 * x + half);
+          old[2 * x + half] = candidate ? bias[place[x] + 32 * half] : 0;
         }
+        if (++tile == end) {
+          tile = begin;
+          ++s;
+        }
+      }
+#pragma unroll
+      for (int x = 0; x < 2 * batch; ++x) {
+        if (routed >> x & 1) bias[place[x / 2] + 32 * (x % 2)] = old[x] - mean[x / 2];
       }
     }
   }
 
  private:
-  struct Logs {
-    float sum;    // of log(w + eps) of the lane's two chunks
-    int support;  // of the tile
-  };
-
   __device__ int64_t at(int s) const {
     return at_ + 4 * s;
   }
-
-  /// weight(column) is w where the chunk is a candidate.
-  template <class F>
-  __device__ Logs put(int s, int tile, F weight) const {
-    const int own = __shfl_sync(0xffffffffu, own_, s), end = __shfl_sync(0xffffffffu, end_, s);
-    const int init = p_.init(), local = static_cast<int>(p_.routing.local_blocks);
-    const auto eps = static_cast<float>(p_.routing.prior_eps);
-    Logs logs = {0, 0};
-    uint64_t word = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = 32 * half + lane_, c = 64 * tile + column;
-      const float w = c >= init && c < end ? weight(column) : 0;
-      const bool routed = w > least_weight;
-      const bool forced = c <= own && (c < init || c > own - local);
-      const float l = routed ? __logf(w + eps) : 0;
-      if (c < p_.M) {
-        out_.bias[at(s) * p_.M + c] = l * share_;
-        if (out_.weights) out_.weights[at(s) * p_.M + c] = w;
-      }
-      logs.sum += l;
-      logs.support += __popc(__ballot_sync(0xffffffffu, routed));
-      word |= uint64_t{__ballot_sync(0xffffffffu, routed || forced)} << 32 * half;
+  /// Bias and weights of chunks [from, to).
+  __device__ void zero(int s, int from, int to) const {
+    for (int c = from + lane_; c < to; c += 32) {
+      out_.bias[at(s) * p_.M + c] = 0;
+      if (out_.weights) out_.weights[at(s) * p_.M + c] = 0;
     }
-    if (lane_ == 0 && tile < out_.words) out_.mask[at(s) * out_.words + tile] = word;
-    return logs;
+  }
+  /// Of a tile, the first init_blocks and the last local_blocks up to a query's own.
+  __device__ uint64_t forced(int own, int tile) const {
+    const auto before = [tile](int c) {
+      const int bits = c - 64 * tile;
+      return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
+    };
+    const int local = static_cast<int>(p_.routing.local_blocks);
+    return before(own + 1) & (before(p_.init()) | ~before(own - local + 1));
   }
 
   const HopperRoute& p_;

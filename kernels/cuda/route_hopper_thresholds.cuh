@@ -27,7 +27,7 @@ class Thresholds {
     raise_bounds(z);
     Found found = find(z);
     if (__any_sync(0xffffffffu, overflows(found, 0) || overflows(found, 1))) {
-      solve(true);
+      drop();
       found = find(z);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -37,8 +37,49 @@ class Thresholds {
     }
     append(z, found);
   }
+  /// Finds the lists' thresholds: Newton's steps of both rows side by side, on entries that the
+  /// lane keeps in registers, as far as they go. Lists are seldom longer.
   __device__ void finish() {
-    solve(false);
+    constexpr int kept = 4, step = 16;  // lanes take four entries of every sixteen
+    const int first = lane_ % 4 * 4;
+    pad();
+    const int most = __reduce_max_sync(0xffffffffu, max(size_[0], size_[1]));
+    float4 fours[2][kept];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int k = 0; k < kept; ++k) fours[i][k] = entries(i, step * k + first);
+    }
+    bool moves[2] = {size_[0] > 0, size_[1] > 0};
+    for (int n = 0; n < entmax_.most_steps && __any_sync(0xffffffffu, moves[0] || moves[1]); ++n) {
+      float f[4] = {0, 0, 0, 0}, df[4] = {0, 0, 0, 0};  // of each row two parts
+      const auto add = [&](int i, const float4& a) {
+        entmax_.add(a.x - threshold[i], f[i], df[i]);
+        entmax_.add(a.y - threshold[i], f[i + 2], df[i + 2]);
+        entmax_.add(a.z - threshold[i], f[i], df[i]);
+        entmax_.add(a.w - threshold[i], f[i + 2], df[i + 2]);
+      };
+#pragma unroll
+      for (int k = 0; k < kept; ++k) {
+        if (step * k >= most) break;
+        add(0, fours[0][k]);
+        add(1, fours[1][k]);
+      }
+      for (int c = step * kept + first; c - first < most; c += step) {
+        add(0, entries(0, c));
+        add(1, entries(1, c));
+      }
+      float sums[4] = {f[0] + f[2], f[1] + f[3], df[0] + df[2], df[1] + df[3]};
+#pragma unroll
+      for (int o = 2; o > 0; o /= 2) {
+#pragma unroll
+        for (float& sum : sums) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        moves[i] = moves[i] && entmax_.improve(threshold[i], sums[i], sums[i + 2]);
+      }
+    }
   }
 
  private:
@@ -112,17 +153,28 @@ class Thresholds {
     for (int i = 0; i < 2; ++i) size_[i] += part(found.total, i);
   }
 
-  /// Finds the lists' thresholds and, where asked to, drops entries that are not above them.
-  __device__ void solve(bool drop) {
+  /// Drops entries that are not above their list's threshold, which becomes the bound.
+  __device__ void drop() {
+    pad();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float* row = list(i);
-      const int end = (size_[i] + 3) / 4 * 4, pad = size_[i] + lane_ % 4;
-      if (pad < end) row[pad] = -INFINITY;
-      __syncwarp();
-      threshold[i] = entmax_.template threshold<4>(row, size_[i], threshold[i]);
-      if (drop) size_[i] = keep_above(threshold[i], row, size_[i]);
+      threshold[i] = entmax_.template threshold<4>(list(i), size_[i], threshold[i]);
+      size_[i] = keep_above(threshold[i], list(i), size_[i]);
     }
+  }
+  /// Lists end at multiples of four.
+  __device__ void pad() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int end = (size_[i] + 3) / 4 * 4, c = size_[i] + lane_ % 4;
+      if (c < end) list(i)[c] = -INFINITY;
+    }
+    __syncwarp();
+  }
+  /// Of the lane's row i, from c on, a multiple of four.
+  __device__ float4 entries(int i, int c) const {
+    return c < size_[i] ? *reinterpret_cast<const float4*>(list(i) + c)
+                        : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
   }
   /// How many of a row's entries are left; whole warps together.
   __device__ int keep_above(float t, float* row, int size) const {
