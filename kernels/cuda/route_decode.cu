@@ -28,14 +28,15 @@ constexpr int piece = 32;  // chunks; the x-th are those of block x % cluster
 constexpr int most_rows = 64;
 constexpr int64_t most_queries = 8;
 
-/// What a block and the others of its cluster tell each other besides scores.
+/// What a block knows of its rows.
 struct Small {
-  float2 thresholds[most_rows];  // top and tau
+  double alpha;
+  float2 thresholds[most_rows];  // top and tau, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
 /// Shared memory: q, Small, z [rows, z_step], whole [own_rows, width] scores of all blocks, sums
-/// [queries, pieces].
+/// [queries, cluster, pieces] of all blocks.
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
   int g, heads;       // heads: kv heads of the batch
@@ -54,9 +55,40 @@ struct RouteDecode {
   int64_t tiles() const { return ceil_div(N, queries); }
   int64_t bytes(int64_t D) const {
     const int64_t floats = int64_t{rows} * z_step() + int64_t{own_rows()} * width();
-    return 2 * rows * D + static_cast<int64_t>(sizeof(Small)) + 4 * floats + 8 * queries * pieces;
+    return 2 * rows * D + static_cast<int64_t>(sizeof(Small)) + 4 * floats +
+           8 * queries * cluster * pieces;
   }
 };
+
+/// The largest entry of a row, whatever NaN there is.
+template <int width>
+__device__ float row_top(float* row, int n) {
+  float top = -INFINITY;
+  for_fours<width>(row, n, [&](const float4& a, int) {
+    top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
+  });
+  return Lanes(width).max(top);
+}
+
+/// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
+/// others of its own together. Returns how far the lane's row then goes.
+template <int width>
+__device__ int keep_above(float* row, int n, float top, float least) {
+  float* const own = row + 4 * Lanes(width).rank;
+  int kept = 0;
+  const auto keep = [&](float x) {
+    own[kept / 4 * 4 * width + kept % 4] = x;
+    ++kept;
+  };
+  for_fours<width>(row, n, [&](const float4& at, int) {
+    const float4 four = at;
+    for (const float x : {four.x, four.y, four.z, four.w}) {
+      if (!(x - top <= least)) keep(x - top);  // NaN stays
+    }
+  });
+  while (n > 0 && (kept == 0 || kept % 4 > 0)) keep(-INFINITY);
+  return kept * width;
+}
 
 /// A tile of queries of one kv head, as one block of the cluster sees it.
 template <int D>
@@ -69,9 +101,7 @@ class DecodeTile {
         small_(*reinterpret_cast<Small*>(shared + SharedTile<D>::bytes(p.rows))),
         z_(reinterpret_cast<float*>(&small_ + 1)),
         whole_(z_ + p.rows * p.z_step()),
-        sums_(reinterpret_cast<float2*>(whole_ + p.own_rows() * p.width())),
-        alpha_(p.alpha_gamma[0]),
-        scale_(static_cast<float>(p.alpha_gamma[1] / sqrt(static_cast<double>(D)))) {
+        sums_(reinterpret_cast<float2*>(whole_ + p.own_rows() * p.width())) {
     const int tile = static_cast<int>(blockIdx.x) / cluster, head = tile % p.heads;
     b_ = head / static_cast<int>(p.Hkv);
     r_ = head % static_cast<int>(p.Hkv);
@@ -79,16 +109,21 @@ class DecodeTile {
     count_ = min(p.queries, static_cast<int>(p.N) - first_);
   }
 
-  __device__ double alpha() const { return alpha_; }
+  __device__ double alpha() const { return small_.alpha; }
 
-  /// Scores of the block's chunks.
+  /// Scores of the block's chunks; those of a row go to the block whose threshold it is to find
+  /// too.
   __device__ void score() {
-    load_queries();
+    cluster_begin();
     Summaries next;
-    load_summaries(next, warp());
+    load_summaries(next, warp());  // before all else: what takes longest
+    load_queries();
+    float* const owner = in_block(whole_, lane() / 4);
     wait_copies();
     __syncthreads();
-    const float factor = alpha_ == 1 ? scale_ : scale_ * static_cast<float>(alpha_ - 1);
+    cluster_has_begun();
+    const auto scale = static_cast<float>(p_.alpha_gamma[1] * (1 / sqrt(static_cast<double>(D))));
+    const float factor = alpha() == 1 ? scale : scale * static_cast<float>(alpha() - 1);
     for (int eight = warp(); eight < piece / 8 * p_.scored; eight += warps) {
       float sum[row_tiles][4] = {};
 #pragma unroll
@@ -115,34 +150,25 @@ class DecodeTile {
         if (8 * i >= p_.rows) break;
         const int row = 8 * i + lane() / 4, end = small_.end[row];
         const float* pair = sum[i / 2] + i % 2 * 2;
-        *reinterpret_cast<float2*>(z(row) + at) =
+        const float2 scores =
             make_float2(c >= p_.begin && c < end ? factor * pair[0] : -INFINITY,
                         c + 1 >= p_.begin && c + 1 < end ? factor * pair[1] : -INFINITY);
+        *reinterpret_cast<float2*>(z(row) + at) = scores;
+        *reinterpret_cast<float2*>(owner + i * p_.width() + c) = scores;
       }
     }
   }
 
-  /// All scores of the rows whose thresholds are this block's to find.
-  __device__ void gather() {
-    for (int i = 0; i < p_.own_rows(); ++i) {
-      const float* from = z(rank_ * p_.own_rows() + i);
-#pragma unroll 4
-      for (int c = static_cast<int>(threadIdx.x); c < p_.width(); c += threads) {
-        const int x = c / piece;
-        whole_[i * p_.width() + c] = in_block(from, x % cluster)[x / cluster * piece + c % piece];
-      }
-    }
-  }
-
-  /// They go to all blocks.
+  /// Of the rows that are this block's, every eighth; they go to all blocks.
   template <class Entmax>
   __device__ void find_thresholds(const Entmax& entmax, double* tau) {
     if (warp() >= p_.own_rows()) return;
     float* scores = whole_ + warp() * p_.width();
-    const int row = rank_ * p_.own_rows() + warp(), end = small_.end[row];
+    const int row = warp() * cluster + rank_, end = small_.end[row];
     const int n = end > p_.begin ? end : 0;
-    const float top = shift_row<32>(scores, n);
-    const float t = entmax.template threshold<32>(scores, n);
+    const float top = row_top<32>(scores, n);
+    const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
+    const float t = entmax.template threshold<32>(scores, keep_above<32>(scores, n, top, least));
     if (lane() < cluster) *in_block(small_.thresholds + row, lane()) = make_float2(top, t);
     const int i = row / p_.g;
     if (lane() > 0 || i >= count_) return;
@@ -157,9 +183,12 @@ class DecodeTile {
       const int at = x * piece + lane(), row = i * p_.g;
       const bool candidate = c >= p_.begin && c < small_.end[row];
       float w = 0;
-      for (int h = row; candidate && h < row + p_.g; ++h) {
-        const auto [top, tau] = small_.thresholds[h];
-        w += entmax.probability(z(h)[at] - top, tau);
+      if (candidate) {
+#pragma unroll 4
+        for (int h = row; h < row + p_.g; ++h) {
+          const auto [top, tau] = small_.thresholds[h];
+          w += entmax.probability(z(h)[at] - top, tau);
+        }
       }
       w /= static_cast<float>(p_.g);
       const bool routed = w > least_weight;
@@ -168,7 +197,10 @@ class DecodeTile {
       if (weights && c < p_.M) weights[at_query(i) * p_.M + c] = w;
       const float sum = warp_sum(l);
       const int support = __popc(__ballot_sync(0xffffffffu, routed));
-      if (lane() == 0) sums_[i * p_.pieces + x] = make_float2(sum, static_cast<float>(support));
+      if (lane() < cluster) {
+        *in_block(sums_ + (i * cluster + rank_) * p_.pieces + x, lane()) =
+            make_float2(sum, static_cast<float>(support));
+      }
     });
   }
 
@@ -218,7 +250,8 @@ class DecodeTile {
     return (x / piece * cluster + rank_) * piece + x % piece;
   }
   __device__ int own_chunk(int i) const {
-    return static_cast<int>((p_.first + first_ + i) / p_.routing.chunk);
+    return static_cast<int>(static_cast<uint32_t>(p_.first + first_ + i) /
+                            static_cast<uint32_t>(p_.routing.chunk));  // in 32 bits much the faster
   }
   __device__ int64_t at_query(int i) const {
     return (b_ * p_.Hkv + r_) * p_.N + first_ + i;
@@ -231,7 +264,9 @@ class DecodeTile {
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
                      i < count_);
     }
-    for (int row = static_cast<int>(threadIdx.x); row < p_.rows; row += threads) {
+    if (threadIdx.x == 0) small_.alpha = p_.alpha_gamma[0];
+    const auto row = static_cast<int>(threadIdx.x);
+    if (row < p_.rows) {
       const int i = row / p_.g;
       const auto n = static_cast<int>(candidates(p_.routing, own_chunk(i)));
       small_.end[row] = i < count_ && n > 0 ? p_.begin + n : 0;
@@ -268,7 +303,7 @@ class DecodeTile {
   __device__ float mean_log(int i) const {
     float sum = 0, support = 0;
     for (int x = lane(); x < cluster * p_.pieces; x += 32) {
-      const float2 part = in_block(sums_ + i * p_.pieces, x / p_.pieces)[x % p_.pieces];
+      const float2 part = sums_[i * cluster * p_.pieces + x];
       sum += part.x;
       support += part.y;
     }
@@ -283,8 +318,6 @@ class DecodeTile {
   Small& small_;
   float *const z_, *const whole_;
   float2* const sums_;
-  const double alpha_;
-  const float scale_;  // of q . kbar: z
   int b_, r_, first_;  // batch, kv head, first query
   int count_;          // queries
 };
@@ -296,17 +329,14 @@ __global__ void __launch_bounds__(threads, 2)
   DecodeTile<D> tile(p, dynamic_shared());
   tile.score();
   cluster_meet();
-  tile.gather();
-  __syncthreads();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
     cluster_meet();
     tile.weigh(entmax, out.weights);
   });
-  cluster_meet();
+  cluster_meet();  // from here on blocks are on their own, and may leave
   tile.put(out);
   if (out.read) tile.count_reads(out.read);
-  cluster_meet();  // nobody leaves while others read what it has
 #endif
 }
 
