@@ -3,18 +3,22 @@
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
 //   kbar [M, D] f64 -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
-//   z of all blocks --gathered--> whole rows, a warp each -> top, tau --to all blocks-->
-//   w, its logarithms and their sums --from all blocks--> mask, bias
+//   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
+//   w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
 // time, and those of the next 8 are on their way to registers while it is at these: 64 KB to a
-// block. Where D is 128 that takes all registers, and a few words needed later are spilled.
+// block. Where D is 128 that takes all registers, and a few words needed later are spilled. Blocks
+// write into each other's memory and read their own alone, so that three meetings of the cluster do
+// and the last one lets them go.
 //
 // The time is that of reading the summaries once. Hkv 2, D 128, 1536 chunks: 1.6 MB a kv head, at
-// batch 8 25 MB, 9 us at 2.8 TB/s; then thresholds, 2 of 16 rows a block and about seven passes
-// over 1536 entries each, 2 us; four meetings of the cluster and the start, 3 us. Batch 1: 16
-// blocks, three rounds of summaries, 3 us in place of 9.
+// batch 8 25 MB, 9 us at 2.8 TB/s; to start, 3 us; thresholds, 2 of 16 rows a block, two passes
+// over 1536 entries and about eight over those near the top, 3 us; meetings, each with a fence of
+// half a microsecond, weights and outputs, 5 us. With Newton's steps over whole rows, scores
+// fetched by those who need them and five meetings it took 27.5 us. Batch 1: 16 blocks, three
+// rounds of summaries, 3 us in place of 9.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
 #include "kernels/cuda/hopper.cuh"
@@ -31,6 +35,7 @@ constexpr int64_t most_queries = 8;
 /// What a block knows of its rows.
 struct Small {
   double alpha;
+  float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
   float2 thresholds[most_rows];  // top and tau, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
@@ -45,7 +50,7 @@ struct RouteDecode {
   int scored;         // pieces of a block that may have candidates
   int pieces;         // of a block, in all
   DashRouting routing;
-  const double* alpha_gamma;  // on the GPU
+  const double* alpha_gamma;  // as the GPU reads them
   Rows<bf16> q;
   Rows<double> kbar;
 
@@ -115,15 +120,24 @@ class DecodeTile {
   /// too.
   __device__ void score() {
     cluster_begin();
+    double alpha = 0, gamma = 0;
+    if (threadIdx.x == 0) {
+      alpha = p_.alpha_gamma[0];
+      gamma = p_.alpha_gamma[1];
+    }
     Summaries next;
-    load_summaries(next, warp());  // before all else: what takes longest
+    load_summaries(next, warp());  // before all else, with alpha and gamma: what takes longest
     load_queries();
+    if (threadIdx.x == 0) {
+      const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
+      small_.alpha = alpha;
+      small_.factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
+    }
     float* const owner = in_block(whole_, lane() / 4);
     wait_copies();
     __syncthreads();
     cluster_has_begun();
-    const auto scale = static_cast<float>(p_.alpha_gamma[1] * (1 / sqrt(static_cast<double>(D))));
-    const float factor = alpha() == 1 ? scale : scale * static_cast<float>(alpha() - 1);
+    const float factor = small_.factor;
     for (int eight = warp(); eight < piece / 8 * p_.scored; eight += warps) {
       float sum[row_tiles][4] = {};
 #pragma unroll
@@ -264,7 +278,6 @@ class DecodeTile {
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
                      i < count_);
     }
-    if (threadIdx.x == 0) small_.alpha = p_.alpha_gamma[0];
     const auto row = static_cast<int>(threadIdx.x);
     if (row < p_.rows) {
       const int i = row / p_.g;
@@ -370,7 +383,7 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
                       whole(ceil_div(end, cluster * piece)),
                       whole(ceil_div(std::max(s.M, piece * out.half_words), cluster * piece)),
                       routing,
-                      on_device(routing.alpha_gamma, 2),
+                      in_place(routing.alpha_gamma, 2),
                       Rows<bf16>(q),
                       Rows<double>(kbar)};
   const int64_t bytes = p.bytes(s.D);
