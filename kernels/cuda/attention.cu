@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_read.cuh"
 
 namespace entrain {
 namespace cuda {
@@ -18,57 +18,25 @@ void check_like(const char* name, const Tensor& t, const Tensor& like) {
        " should be " + like.shape.to_string() + " of " + name_of(like.dtype));
 }
 
-/// Adds what attention reads to read [Hkv, read_fields], from masks and sights alone. Grid (parts,
-/// Hkv): a thread takes queries of one kv head and the batch. Bytes: the masks. Counts are whole
-/// numbers and flops multiples of 4 g D, exact in double, so the order of adding does not show.
-__global__ void __launch_bounds__(256)
-    attention_read(const AttentionProblem p, double* read, bool only_flops) {
+/// Counts all that is read. Grid (parts, Hkv): a thread takes queries of one kv head and the batch.
+/// Bytes: the masks.
+__global__ void __launch_bounds__(256) attention_read(const AttentionProblem p, ReadSums sums) {
   __shared__ int64_t shared[32];
   const int64_t r = blockIdx.y, step = int64_t{gridDim.x} * blockDim.x;
-  int64_t pairs = 0, visits = 0, queries = 0, causal = 0;
+  ReadCount count;
   for (int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; x < p.B * p.N; x += step) {
-    const int64_t b = x / p.N, i = x % p.N, token = p.first + i;
-    const int64_t end = p.sight.end(token), begin = p.sight.begin(end);
-    queries += 1;
-    causal += token + 1;
-    if (begin >= end) continue;
-    const int64_t c0 = begin / p.block, c1 = (end - 1) / p.block;  // first and last block in sight
-    if (!p.mask) {
-      visits += c1 - c0 + 1;
-      pairs += end - begin;
-      continue;
-    }
-    const uint64_t* mask = p.mask + ((b * p.Hkv + r) * p.N + i) * p.words;
-    int64_t attended = 0;
-    for (int64_t w = c0 / 64; w <= c1 / 64; ++w) {
-      uint64_t bits = mask[w];
-      if (w == c0 / 64) bits &= ~uint64_t{0} << (c0 % 64);
-      if (w == c1 / 64) bits &= ~uint64_t{0} >> (63 - c1 % 64);
-      attended += __popcll(bits);
-    }
-    visits += attended;
-    pairs += attended * p.block;  // less what the first and the last block have out of sight
-    if (mask[c0 / 64] >> (c0 % 64) & 1) pairs -= begin - c0 * p.block;
-    if (mask[c1 / 64] >> (c1 % 64) & 1) pairs -= (c1 + 1) * p.block - end;
+    count.add(p, x / p.N, r, x % p.N);
   }
-  pairs = block_sum(pairs, shared);
-  visits = block_sum(visits, shared);
-  queries = block_sum(queries, shared);
-  causal = block_sum(causal, shared);
-  if (threadIdx.x != 0) return;
-  double* fields = read + r * read_fields;
-  atomicAdd(fields + read_flops, static_cast<double>((4 + 8) * pairs * p.g * p.D));
-  if (only_flops) return;
-  atomicAdd(fields + read_pairs, static_cast<double>(pairs));
-  atomicAdd(fields + read_blocks, static_cast<double>(visits));
-  atomicAdd(fields + read_queries, static_cast<double>(queries));
-  atomicAdd(fields + read_causal, static_cast<double>(causal));
+  for (int64_t* of : {&count.pairs, &count.visits, &count.queries, &count.causal}) {
+    *of = block_sum(*of, shared);
+  }
+  if (threadIdx.x == 0) sums.add(p, r, count);
 }
 
-void count_read(const AttentionProblem& p, const Tensor& read, bool only_flops) {
+void count_read(const AttentionProblem& p, const ReadSums& sums) {
   const auto parts = static_cast<unsigned>(std::min<int64_t>(ceil_div(p.B * p.N, 256), 64));
   const dim3 grid(parts, static_cast<unsigned>(p.Hkv));
-  attention_read<<<grid, 256, 0, stream()>>>(p, pointer<double>(read), only_flops);
+  attention_read<<<grid, 256, 0, stream()>>>(p, sums);
   check_launch("attention_read");
 }
 
@@ -133,17 +101,20 @@ void Kernels<Device::cuda>::attention(Tensor q, Tensor k, Tensor v, const BlockS
   check_like("v", v, k);
   check_like("o", o, q);
   if (p.B * p.Hq * p.N == 0) return;
+  const ReadSums sums{pointer<double>(read), only_flops};
   if (scratch && library_takes(p, q, k)) {
     dense_attention(p, q, k, v, o, pointer<float>(lse), pointer<uint8_t>(scratch));
   } else if (sparse_attention_takes(p, {q, k, v, o})) {
     sparse_attention_forward(p, Rows<bf16>(q), Rows<bf16>(k), Rows<bf16>(v), Rows<bf16>(o),
                              pointer<float>(lse));
-  } else if (!attention_decode(p, q, k, v, o, pointer<float>(lse))) {
+  } else if (attention_decode(p, q, k, v, o, pointer<float>(lse), sums)) {
+    return;  // which counts as well
+  } else {
     by_type(q, [&]<class T>(T) {
       attention_forward(p, Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(o), pointer<float>(lse));
     });
   }
-  if (read) count_read(p, read, only_flops);
+  if (read) count_read(p, sums);
 }
 
 /// Never 0: while decoding an empty scratch tells that keys are not to be prepared.

@@ -67,9 +67,11 @@ void attention_backward(const AttentionProblem& p, Rows<bf16> q, Rows<bf16> k, R
                         const AttentionGrads<bf16>& grads);
 
 // attention_decode.cu
-/// Whether it computed the problem: few queries, in bf16, over any keys or over blocks of 64.
+struct ReadSums;
+/// Whether it computed the problem, and counted what it read: few queries, in bf16, over any keys
+/// or over blocks of 64.
 bool attention_decode(const AttentionProblem& p, const Tensor& q, const Tensor& k, const Tensor& v,
-                      const Tensor& o, float* lse);
+                      const Tensor& o, float* lse, const ReadSums& sums);
 
 /// Whether this is Hopper and the tensors are bf16, of head_dim 64 or 128, and lie as its copy
 /// engine wants it; what has been checked of them holds for others that lie alike.

@@ -14,10 +14,14 @@
 //
 // The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
 // are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us,
-// and 5 us to start, to learn which they are, and to merge 16 splits, 2 MB. Batch 1: 6.3 MB by 48
-// blocks with 96 KB under way each, 3 us, and as much again to start, and to merge 24 splits.
-// Operations are 64 for each byte and go unnoticed.
+// and 10 us to start, to learn which they are, and to merge 16 splits, 131 KB in each of 16 blocks,
+// 3 us. (It took 36 us when a thread weighed the splits anew for each of its columns.) Batch 1:
+// 6.3 MB by 48 blocks with 96 KB under way each, 3 us, and 5 us to merge 24 splits. Operations are
+// 64 for each byte and go unnoticed; what was read is counted while the first copies are on their
+// way.
 #include "kernels/cuda/attention_bf16.cuh"
+#include "kernels/cuda/attention_read.cuh"
+#include "kernels/cuda/entmax_row.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
 namespace entrain::cuda {
@@ -208,25 +212,66 @@ struct Output {
   }
 };
 
-/// Merges the splits of a group, whose parts begin at `first`, in order. shared: splits x rows.
-template <int D, int rows>
-__device__ void merge_splits(const Output& output, int first, int splits, RowWeight* shared) {
-  for (int x = static_cast<int>(threadIdx.x); x < splits * rows; x += attention_threads) {
-    const float2 part = __ldcg(reinterpret_cast<const float2*>(split_weights + first + x));
-    shared[x] = {part.x, part.y};
-  }
-  __syncthreads();
-  for_columns<rows, D>(output.queries, [&](int row, int d) {
-    const RowWeight all = merge<rows>(shared, splits, row);
-    const float* from = split_sums + (first + row) * D + d;
-    float4 sum = {};
-#pragma unroll 8
-    for (int i = 0; i < splits; ++i) {
-      add_scaled(sum, __ldcg(reinterpret_cast<const float4*>(from + i * rows * D)),
-                 rescale(shared[i * rows + row].top, all.top));
+/// What splits are scaled by, and the weights they add up to.
+template <int rows>
+struct Merge {
+  float factors[most_splits * rows];  // [splits, rows]
+  RowWeight all[rows];
+
+  /// Lanes share a row. A barrier must follow.
+  __device__ void weigh(int first, int splits) {
+    constexpr int width = attention_threads / rows;
+    const Lanes lanes(width);
+    const int row = static_cast<int>(threadIdx.x) / width;
+    float2 parts[most_splits / width];
+    float top = -INFINITY, sum = 0;
+#pragma unroll
+    for (int x = 0; x < most_splits / width; ++x) {
+      const int i = x * width + lanes.rank;
+      parts[x] = make_float2(-INFINITY, 0);
+      if (i < splits) {
+        parts[x] = __ldcg(reinterpret_cast<const float2*>(split_weights + first + i * rows + row));
+      }
     }
-    output.put(row, d, sum, all);
-  });
+    for (const float2& part : parts) top = fmaxf(top, part.x);
+    top = lanes.max(top);
+#pragma unroll
+    for (int x = 0; x < most_splits / width; ++x) {
+      const int i = x * width + lanes.rank;
+      if (i >= splits) break;
+      const float factor = rescale(parts[x].x, top);
+      factors[i * rows + row] = factor;
+      sum += parts[x].y * factor;
+    }
+    sum = lanes.sum(sum);
+    if (lanes.rank == 0) all[row] = {top, sum};
+  }
+};
+
+/// Merges the splits of a group, whose parts begin at `first`, in order.
+template <int D, int rows>
+__device__ void merge_splits(const Output& output, int first, int splits, Merge<rows>& merge) {
+  constexpr int step = attention_threads / (D / 4), own = rows / step;  // rows at a time, and so on
+  constexpr int unroll = 16 / own;  // so many sums are on their way at once
+  merge.weigh(first, splits);
+  __syncthreads();
+  const int row = static_cast<int>(threadIdx.x) / (D / 4);
+  const int d = static_cast<int>(threadIdx.x) % (D / 4) * 4;
+  const float* from = split_sums + (first + row) * D + d;
+  float4 sums[own] = {};
+#pragma unroll unroll
+  for (int i = 0; i < splits; ++i) {
+#pragma unroll
+    for (int x = 0; x < own; ++x) {
+      add_scaled(sums[x], __ldcg(reinterpret_cast<const float4*>(from + (i * rows + x * step) * D)),
+                 merge.factors[i * rows + row + x * step]);
+    }
+  }
+#pragma unroll
+  for (int x = 0; x < own; ++x) {
+    const int at = row + x * step;
+    if (output.queries.has(at)) output.put(at, d, sums[x], merge.all[at]);
+  }
 }
 
 /// Leaves the warps' weights [warps, rows] and, once all threads are here, in the place of rings
@@ -263,11 +308,25 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
   }
 }
 
+/// Counts what the queries read, a warp each.
+__device__ void count_read(const AttentionProblem& p, const QueryTile& queries,
+                           const ReadSums& sums) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  for (int i = warp; i < queries.count; i += warps) {
+    ReadCount count;
+    count.add(p, queries.b, queries.r, queries.first + i, lane, 32);
+    for (int64_t* of : {&count.pairs, &count.visits, &count.queries, &count.causal}) {
+      *of = warp_sum(*of);
+    }
+    if (lane == 0) sums.add(p, queries.r, count);
+  }
+}
+
 template <int D, int slabs>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
                   const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
-                  const PackedRows pack, float scale) {
+                  const PackedRows pack, float scale, const ReadSums read) {
   using Shape = Decode<D, slabs>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -319,6 +378,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
     if (place < share) fetch(ahead.next(), place);
     commit_copies();
   }
+  if (read.read && split == 0 && blockIdx.z == 0) count_read(p, queries, read);
   wait_copies_but<stages - 1>();
   __syncthreads();  // q is here
   const LeftOperand<D, slabs> q_operand(q_tile, 0);
@@ -382,11 +442,10 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const float* from = warp_sums + (w * rows + row) * Shape::sum_step + d;
       add_scaled(sum, *reinterpret_cast<const float4*>(from), 1);
     }
-    const RowWeight all = merge<rows>(weights, warps, row);
-    if (splits == 1) return output.put(row, d, sum, all);
+    if (splits == 1) return output.put(row, d, sum, merge<rows>(weights, warps, row));
     const int part = first_part + split * rows + row;
     *reinterpret_cast<float4*>(split_sums + part * D + d) = sum;
-    if (d == 0) split_weights[part] = all;
+    if (d == 0) split_weights[part] = merge<rows>(weights, warps, row);
   });
   if (splits == 1) return;
 
@@ -397,13 +456,13 @@ __global__ void __launch_bounds__(attention_threads, 2)
   if (!last) return;
   if (threadIdx.x == 0) splits_done[group] = 0;
   __threadfence();
-  merge_splits<D, rows>(output, first_part, splits, reinterpret_cast<RowWeight*>(rings));
+  merge_splits<D, rows>(output, first_part, splits, *reinterpret_cast<Merge<rows>*>(rings));
 }
 
 /// Whether this GPU's shared memory sufficed.
 template <int D, int slabs>
 bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
-            const Rows<bf16>& v, const Rows<bf16>& o, float* lse) {
+            const Rows<bf16>& v, const Rows<bf16>& o, float* lse, const ReadSums& sums) {
   using Shape = Decode<D, slabs>;
   const size_t bytes = Shape::shared_bytes(p);
   if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
@@ -415,14 +474,14 @@ bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
                   static_cast<unsigned>(parts));
   launch("attention_decode", decode_kernel<D, slabs>, grid, attention_threads, bytes, p, q, k, v, o,
-         lse, pack, p.scale() * log2_e);
+         lse, pack, p.scale() * log2_e, sums);
   return true;
 }
 
 }  // namespace
 
 bool attention_decode(const AttentionProblem& problem, const Tensor& q, const Tensor& k,
-                      const Tensor& v, const Tensor& o, float* lse) {
+                      const Tensor& v, const Tensor& o, float* lse, const ReadSums& sums) {
   const bool chosen = problem.mask || problem.bias;
   if (q.dtype != DType::bf16 || problem.N > most_queries || (problem.D != 64 && problem.D != 128) ||
       (chosen && problem.block != key_tile)) {
@@ -432,8 +491,8 @@ bool attention_decode(const AttentionProblem& problem, const Tensor& q, const Te
   const Rows<bf16> q_rows(q), k_rows(k), v_rows(v), o_rows(o);
   if (!wide_rows(p, {q_rows, k_rows, v_rows, o_rows})) return false;
   const auto run = [&]<int D>(std::integral_constant<int, D>) {
-    return p.g * p.N <= 16 ? decode<D, 1>(p, q_rows, k_rows, v_rows, o_rows, lse)
-                           : decode<D, 2>(p, q_rows, k_rows, v_rows, o_rows, lse);
+    return p.g * p.N <= 16 ? decode<D, 1>(p, q_rows, k_rows, v_rows, o_rows, lse, sums)
+                           : decode<D, 2>(p, q_rows, k_rows, v_rows, o_rows, lse, sums);
   };
   return p.D == 64 ? run(std::integral_constant<int, 64>{})
                    : run(std::integral_constant<int, 128>{});

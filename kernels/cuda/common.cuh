@@ -27,6 +27,9 @@ int multiprocessors();
 /// Copies doubles (8 at most) of the host, pinned where a graph is to read them anew each time, to
 /// where kernels read them until the next call.
 const double* on_device(const double* host, int count);
+/// Where kernels read them in place if they are pinned, which takes a trip to the host but no copy
+/// to wait for; otherwise as above.
+const double* in_place(const double* host, int count);
 
 /// Throws Error. nvcc cannot read fmt's header, so messages are put together by hand.
 [[noreturn]] void fail(const std::string& message);

@@ -1,8 +1,9 @@
 // DashAttention's chunk summaries (arXiv 2605.18753, stage 0) and their way back, in double. A
 // block takes a chunk, a warp a token: the chunk's keys, read from memory once, come from the
-// first-level cache again.
+// first-level cache again. bf16 keys go to dash_summaries_bf16.cu where it takes them.
 #include <cmath>
 
+#include "kernels/cuda/dash_summaries.cuh"
 #include "kernels/cuda/entmax_row.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
@@ -88,10 +89,6 @@ __global__ void __launch_bounds__(threads)
   sum_of_warps(sums, D, shared + chunk, [&](int d, double sum) { out[d] = sum; });
 }
 
-// Sums of ds that blocks leave to be added up in order: [parts, Hkv, D]. 1 MB.
-constexpr int64_t ds_capacity = 1 << 17;
-__device__ double ds_parts[ds_capacity];
-
 /// Grid (parts, Hkv): a block takes every parts-th chunk of one kv head and the batch. With
 /// e_t = dkbar . k_t: dk_t += a_t dkbar + a_t (e_t - mean) s / sqrt(D), ds += sum_t a_t (e_t -
 /// mean) k_t / sqrt(D), mean = sum_u a_u e_u. ds stays in registers until all chunks are done.
@@ -142,15 +139,6 @@ __global__ void __launch_bounds__(threads, 2)
                [&](int d, double sum) { ds_parts[(blockIdx.x * H + r) * D + d] = sum; });
 }
 
-/// ds[x] += the parts' sums, in order.
-__global__ void add_ds(int parts, int64_t n, float* ds) {
-  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (x >= n) return;
-  double sum = 0;
-  for (int part = 0; part < parts; ++part) sum += ds_parts[part * n + x];
-  ds[x] += static_cast<float>(sum);
-}
-
 void check_summaries(const Tensor& k, const Tensor& s, const Tensor& kbar) {
   const bool fit = k.shape.rank == 4 && kbar.shape.rank == 4 && k[0] == kbar[0] &&
                    k[1] == kbar[1] && k[3] == kbar[3] && k[3] <= 32 * lane_dims &&
@@ -179,7 +167,7 @@ template <>
 void Kernels<Device::cuda>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const {
   check_summaries(k, s, kbar);
   const int64_t B = k[0], H = k[1], N = k[2], D = k[3], M = kbar[2];
-  if (B * H * M == 0) return;
+  if (B * H * M == 0 || summarize_bf16(k, s, chunk, kbar)) return;
   const int64_t bytes = summary_bytes(std::min(chunk, N), 1, D);
   by_type(k, [&]<class T>(T) {
     launch_tiles("summarize", summarize<T>, dim3(static_cast<unsigned>(B * H * M)), bytes,
@@ -197,7 +185,8 @@ void Kernels<Device::cuda>::dash_summaries_backward(Tensor k, Tensor s, int64_t 
   if (H * D > ds_capacity) {
     fail("summaries of more than " + std::to_string(ds_capacity / D) + " heads on the GPU");
   }
-  const int64_t parts = std::min({chunks, ceil_div(528, H), ds_capacity / (H * D)});
+  if (summarize_backward_bf16(k, s, chunk, dkbar, dk_sum, ds_sum)) return;
+  const int64_t parts = ds_parts_of(chunks, 528, H, D);
   const int64_t bytes = summary_bytes(chunk, 2, D);
   const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(H));
   by_type(k, [&]<class T>(T) {
@@ -205,9 +194,7 @@ void Kernels<Device::cuda>::dash_summaries_backward(Tensor k, Tensor s, int64_t 
                  pointer<float>(s), static_cast<int>(chunk), pointer<double>(dkbar),
                  Rows<T>(dk_sum), B, H, N, static_cast<int>(D), M);
   });
-  if (!s) return;
-  launch_tiles("add_ds", add_ds, dim3(static_cast<unsigned>(ceil_div(H * D, threads))), 0,
-               static_cast<int>(parts), H * D, pointer<float>(ds_sum));
+  if (s) add_ds_parts(parts, H * D, pointer<float>(ds_sum));
 }
 
 }  // namespace entrain

@@ -69,6 +69,13 @@ const double* on_device(const double* host, int count) {
   return context().constants;
 }
 
+const double* in_place(const double* host, int count) {
+  cudaPointerAttributes memory{};
+  check(cudaPointerGetAttributes(&memory, host), "cudaPointerGetAttributes");
+  if (memory.type != cudaMemoryTypeHost) return on_device(host, count);
+  return static_cast<const double*>(memory.devicePointer);
+}
+
 void fail(const std::string& message) {
   throw_error(message);
 }

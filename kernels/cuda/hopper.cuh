@@ -139,6 +139,14 @@ __device__ __forceinline__ bool warpgroup_any(int barrier, bool x) {
 __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
+/// The cluster's first meeting in two parts, with no word of what threads wrote before: a block
+/// must have begun before others reach into it.
+__device__ __forceinline__ void cluster_begin() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_has_begun() {
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+}
 /// Where the block of a rank has what this one has at p.
 template <class T>
 __device__ __forceinline__ T* in_block(T* p, uint32_t rank) {

@@ -3,18 +3,22 @@
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
 //   kbar [M, D] f64 -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
-//   z of all blocks --gathered--> whole rows, a warp each -> top, tau --to all blocks-->
-//   w, its logarithms and their sums --from all blocks--> mask, bias
+//   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
+//   w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
 // time, and those of the next 8 are on their way to registers while it is at these: 64 KB to a
-// block. Where D is 128 that takes all registers, and a few words needed later are spilled.
+// block. Where D is 128 that takes all registers, and a few words needed later are spilled. Blocks
+// write into each other's memory and read their own alone, so that three meetings of the cluster do
+// and the last one lets them go.
 //
 // The time is that of reading the summaries once. Hkv 2, D 128, 1536 chunks: 1.6 MB a kv head, at
-// batch 8 25 MB, 9 us at 2.8 TB/s; then thresholds, 2 of 16 rows a block and about seven passes
-// over 1536 entries each, 2 us; four meetings of the cluster and the start, 3 us. Batch 1: 16
-// blocks, three rounds of summaries, 3 us in place of 9.
+// batch 8 25 MB, 9 us at 2.8 TB/s; to start, 3 us; thresholds, 2 of 16 rows a block, two passes
+// over 1536 entries and about eight over those near the top, 3 us; meetings, each with a fence of
+// half a microsecond, weights and outputs, 5 us. With Newton's steps over whole rows, scores
+// fetched by those who need them and five meetings it took 27.5 us. Batch 1: 16 blocks, three
+// rounds of summaries, 3 us in place of 9.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
 #include "kernels/cuda/hopper.cuh"
@@ -28,14 +32,16 @@ constexpr int piece = 32;  // chunks; the x-th are those of block x % cluster
 constexpr int most_rows = 64;
 constexpr int64_t most_queries = 8;
 
-/// What a block and the others of its cluster tell each other besides scores.
+/// What a block knows of its rows.
 struct Small {
-  float2 thresholds[most_rows];  // top and tau
+  double alpha;
+  float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
+  float2 thresholds[most_rows];  // top and tau, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
 /// Shared memory: q, Small, z [rows, z_step], whole [own_rows, width] scores of all blocks, sums
-/// [queries, pieces].
+/// [queries, cluster, pieces] of all blocks.
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
   int g, heads;       // heads: kv heads of the batch
@@ -44,7 +50,7 @@ struct RouteDecode {
   int scored;         // pieces of a block that may have candidates
   int pieces;         // of a block, in all
   DashRouting routing;
-  const double* alpha_gamma;  // on the GPU
+  const double* alpha_gamma;  // as the GPU reads them
   Rows<bf16> q;
   Rows<double> kbar;
 
@@ -54,9 +60,40 @@ struct RouteDecode {
   int64_t tiles() const { return ceil_div(N, queries); }
   int64_t bytes(int64_t D) const {
     const int64_t floats = int64_t{rows} * z_step() + int64_t{own_rows()} * width();
-    return 2 * rows * D + static_cast<int64_t>(sizeof(Small)) + 4 * floats + 8 * queries * pieces;
+    return 2 * rows * D + static_cast<int64_t>(sizeof(Small)) + 4 * floats +
+           8 * queries * cluster * pieces;
   }
 };
+
+/// The largest entry of a row, whatever NaN there is.
+template <int width>
+__device__ float row_top(float* row, int n) {
+  float top = -INFINITY;
+  for_fours<width>(row, n, [&](const float4& a, int) {
+    top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
+  });
+  return Lanes(width).max(top);
+}
+
+/// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
+/// others of its own together. Returns how far the lane's row then goes.
+template <int width>
+__device__ int keep_above(float* row, int n, float top, float least) {
+  float* const own = row + 4 * Lanes(width).rank;
+  int kept = 0;
+  const auto keep = [&](float x) {
+    own[kept / 4 * 4 * width + kept % 4] = x;
+    ++kept;
+  };
+  for_fours<width>(row, n, [&](const float4& at, int) {
+    const float4 four = at;
+    for (const float x : {four.x, four.y, four.z, four.w}) {
+      if (!(x - top <= least)) keep(x - top);  // NaN stays
+    }
+  });
+  while (n > 0 && (kept == 0 || kept % 4 > 0)) keep(-INFINITY);
+  return kept * width;
+}
 
 /// A tile of queries of one kv head, as one block of the cluster sees it.
 template <int D>
@@ -69,9 +106,7 @@ class DecodeTile {
         small_(*reinterpret_cast<Small*>(shared + SharedTile<D>::bytes(p.rows))),
         z_(reinterpret_cast<float*>(&small_ + 1)),
         whole_(z_ + p.rows * p.z_step()),
-        sums_(reinterpret_cast<float2*>(whole_ + p.own_rows() * p.width())),
-        alpha_(p.alpha_gamma[0]),
-        scale_(static_cast<float>(p.alpha_gamma[1] / sqrt(static_cast<double>(D)))) {
+        sums_(reinterpret_cast<float2*>(whole_ + p.own_rows() * p.width())) {
     const int tile = static_cast<int>(blockIdx.x) / cluster, head = tile % p.heads;
     b_ = head / static_cast<int>(p.Hkv);
     r_ = head % static_cast<int>(p.Hkv);
@@ -79,16 +114,30 @@ class DecodeTile {
     count_ = min(p.queries, static_cast<int>(p.N) - first_);
   }
 
-  __device__ double alpha() const { return alpha_; }
+  __device__ double alpha() const { return small_.alpha; }
 
-  /// Scores of the block's chunks.
+  /// Scores of the block's chunks; those of a row go to the block whose threshold it is to find
+  /// too.
   __device__ void score() {
-    load_queries();
+    cluster_begin();
+    double alpha = 0, gamma = 0;
+    if (threadIdx.x == 0) {
+      alpha = p_.alpha_gamma[0];
+      gamma = p_.alpha_gamma[1];
+    }
     Summaries next;
-    load_summaries(next, warp());
+    load_summaries(next, warp());  // before all else, with alpha and gamma: what takes longest
+    load_queries();
+    if (threadIdx.x == 0) {
+      const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
+      small_.alpha = alpha;
+      small_.factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
+    }
+    float* const owner = in_block(whole_, lane() / 4);
     wait_copies();
     __syncthreads();
-    const float factor = alpha_ == 1 ? scale_ : scale_ * static_cast<float>(alpha_ - 1);
+    cluster_has_begun();
+    const float factor = small_.factor;
     for (int eight = warp(); eight < piece / 8 * p_.scored; eight += warps) {
       float sum[row_tiles][4] = {};
 #pragma unroll
@@ -115,34 +164,25 @@ class DecodeTile {
         if (8 * i >= p_.rows) break;
         const int row = 8 * i + lane() / 4, end = small_.end[row];
         const float* pair = sum[i / 2] + i % 2 * 2;
-        *reinterpret_cast<float2*>(z(row) + at) =
+        const float2 scores =
             make_float2(c >= p_.begin && c < end ? factor * pair[0] : -INFINITY,
                         c + 1 >= p_.begin && c + 1 < end ? factor * pair[1] : -INFINITY);
+        *reinterpret_cast<float2*>(z(row) + at) = scores;
+        *reinterpret_cast<float2*>(owner + i * p_.width() + c) = scores;
       }
     }
   }
 
-  /// All scores of the rows whose thresholds are this block's to find.
-  __device__ void gather() {
-    for (int i = 0; i < p_.own_rows(); ++i) {
-      const float* from = z(rank_ * p_.own_rows() + i);
-#pragma unroll 4
-      for (int c = static_cast<int>(threadIdx.x); c < p_.width(); c += threads) {
-        const int x = c / piece;
-        whole_[i * p_.width() + c] = in_block(from, x % cluster)[x / cluster * piece + c % piece];
-      }
-    }
-  }
-
-  /// They go to all blocks.
+  /// Of the rows that are this block's, every eighth; they go to all blocks.
   template <class Entmax>
   __device__ void find_thresholds(const Entmax& entmax, double* tau) {
     if (warp() >= p_.own_rows()) return;
     float* scores = whole_ + warp() * p_.width();
-    const int row = rank_ * p_.own_rows() + warp(), end = small_.end[row];
+    const int row = warp() * cluster + rank_, end = small_.end[row];
     const int n = end > p_.begin ? end : 0;
-    const float top = shift_row<32>(scores, n);
-    const float t = entmax.template threshold<32>(scores, n);
+    const float top = row_top<32>(scores, n);
+    const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
+    const float t = entmax.template threshold<32>(scores, keep_above<32>(scores, n, top, least));
     if (lane() < cluster) *in_block(small_.thresholds + row, lane()) = make_float2(top, t);
     const int i = row / p_.g;
     if (lane() > 0 || i >= count_) return;
@@ -157,9 +197,12 @@ class DecodeTile {
       const int at = x * piece + lane(), row = i * p_.g;
       const bool candidate = c >= p_.begin && c < small_.end[row];
       float w = 0;
-      for (int h = row; candidate && h < row + p_.g; ++h) {
-        const auto [top, tau] = small_.thresholds[h];
-        w += entmax.probability(z(h)[at] - top, tau);
+      if (candidate) {
+#pragma unroll 4
+        for (int h = row; h < row + p_.g; ++h) {
+          const auto [top, tau] = small_.thresholds[h];
+          w += entmax.probability(z(h)[at] - top, tau);
+        }
       }
       w /= static_cast<float>(p_.g);
       const bool routed = w > least_weight;
@@ -168,7 +211,10 @@ class DecodeTile {
       if (weights && c < p_.M) weights[at_query(i) * p_.M + c] = w;
       const float sum = warp_sum(l);
       const int support = __popc(__ballot_sync(0xffffffffu, routed));
-      if (lane() == 0) sums_[i * p_.pieces + x] = make_float2(sum, static_cast<float>(support));
+      if (lane() < cluster) {
+        *in_block(sums_ + (i * cluster + rank_) * p_.pieces + x, lane()) =
+            make_float2(sum, static_cast<float>(support));
+      }
     });
   }
 
@@ -218,7 +264,8 @@ class DecodeTile {
     return (x / piece * cluster + rank_) * piece + x % piece;
   }
   __device__ int own_chunk(int i) const {
-    return static_cast<int>((p_.first + first_ + i) / p_.routing.chunk);
+    return static_cast<int>(static_cast<uint32_t>(p_.first + first_ + i) /
+                            static_cast<uint32_t>(p_.routing.chunk));  // in 32 bits much the faster
   }
   __device__ int64_t at_query(int i) const {
     return (b_ * p_.Hkv + r_) * p_.N + first_ + i;
@@ -231,7 +278,8 @@ class DecodeTile {
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
                      i < count_);
     }
-    for (int row = static_cast<int>(threadIdx.x); row < p_.rows; row += threads) {
+    const auto row = static_cast<int>(threadIdx.x);
+    if (row < p_.rows) {
       const int i = row / p_.g;
       const auto n = static_cast<int>(candidates(p_.routing, own_chunk(i)));
       small_.end[row] = i < count_ && n > 0 ? p_.begin + n : 0;
@@ -268,7 +316,7 @@ class DecodeTile {
   __device__ float mean_log(int i) const {
     float sum = 0, support = 0;
     for (int x = lane(); x < cluster * p_.pieces; x += 32) {
-      const float2 part = in_block(sums_ + i * p_.pieces, x / p_.pieces)[x % p_.pieces];
+      const float2 part = sums_[i * cluster * p_.pieces + x];
       sum += part.x;
       support += part.y;
     }
@@ -283,8 +331,6 @@ class DecodeTile {
   Small& small_;
   float *const z_, *const whole_;
   float2* const sums_;
-  const double alpha_;
-  const float scale_;  // of q . kbar: z
   int b_, r_, first_;  // batch, kv head, first query
   int count_;          // queries
 };
@@ -296,17 +342,14 @@ __global__ void __launch_bounds__(threads, 2)
   DecodeTile<D> tile(p, dynamic_shared());
   tile.score();
   cluster_meet();
-  tile.gather();
-  __syncthreads();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
     cluster_meet();
     tile.weigh(entmax, out.weights);
   });
-  cluster_meet();
+  cluster_meet();  // from here on blocks are on their own, and may leave
   tile.put(out);
   if (out.read) tile.count_reads(out.read);
-  cluster_meet();  // nobody leaves while others read what it has
 #endif
 }
 
@@ -340,7 +383,7 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
                       whole(ceil_div(end, cluster * piece)),
                       whole(ceil_div(std::max(s.M, piece * out.half_words), cluster * piece)),
                       routing,
-                      on_device(routing.alpha_gamma, 2),
+                      in_place(routing.alpha_gamma, 2),
                       Rows<bf16>(q),
                       Rows<double>(kbar)};
   const int64_t bytes = p.bytes(s.D);

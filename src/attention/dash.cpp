@@ -78,9 +78,11 @@ class DashAttention : public AttentionMethod {
         [=, read = in.read, entropy = in.entropy](auto kernels) {
           const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
           const int64_t token = c * routing.chunk;
-          kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
-                                 routing.chunk,
-                                 kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
+          if (!queries.decoding() || queries.end() / routing.chunk > c) {  // one is complete now
+            kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
+                                   routing.chunk,
+                                   kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
+          }
           kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, route_scratch,
                              read);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);

@@ -143,7 +143,9 @@ TEST(DashOnGpu, Summarizes) {
                                       {64, 32, 64},
                                       {70, 256, 7},
                                       {20, 6, 32},
-                                      {600, 128, 300}}) {
+                                      {600, 128, 300},
+                                      {350, 128, 64},
+                                      {200, 64, 24}}) {
       SCOPED_TRACE(N);
       const int64_t B = 2, H = 3, M = (N + chunk - 1) / chunk;
       const Twin k = Twin::normal({B, N, H * D}, real, 1), s = Twin::normal({H, D}, DType::f32, 2);
@@ -154,7 +156,7 @@ TEST(DashOnGpu, Summarizes) {
                               kbar.cpu.slice(2, 1, M));
         on_gpu.dash_summaries(heads(k.gpu, D), learned ? s.gpu : Tensor{}, chunk,
                               kbar.gpu.slice(2, 1, M));
-        EXPECT_LT(error_of(kbar), 1e-13);
+        EXPECT_LT(error_of(kbar), routing_tolerance(real, 1e-13, 1e-6));
 
         Twin dk = Twin::normal({B, N, H * D}, real, 4), ds = Twin::normal({H, D}, DType::f32, 5);
         Twin again = Twin::normal({H, D}, DType::f32, 5);

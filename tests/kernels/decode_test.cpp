@@ -51,7 +51,8 @@ class Decoding {
         o({c.B, c.N, c.Hkv * c.g * c.D}, DType::bf16),
         lse({c.B, c.Hkv * c.g, c.N}, DType::f32),
         mask({c.B, c.Hkv, c.N, M / 64 + 2}, DType::u64),
-        bias(Twin::normal({c.B, c.Hkv, c.N, M + 2}, DType::f32, 3)) {
+        bias(Twin::normal({c.B, c.Hkv, c.N, M + 2}, DType::f32, 3)),
+        read({c.Hkv, read_fields}, DType::f64) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const int64_t row = kv.cpu[2];
     for (int64_t b = 0; b < c.B; ++b) {
@@ -75,11 +76,11 @@ class Decoding {
 
   void run_on_gpu() {
     on_gpu.attention(heads_of(q.gpu), keys_of(kv.gpu, 0), keys_of(kv.gpu, 1), blocks(&Twin::gpu),
-                     heads_of(o.gpu), lse.gpu, {}, {});
+                     heads_of(o.gpu), lse.gpu, {}, read.gpu);
   }
   void run_on_cpu() {
     on_cpu.attention(heads_of(q.cpu), keys_of(kv.cpu, 0), keys_of(kv.cpu, 1), blocks(&Twin::cpu),
-                     heads_of(o.cpu), lse.cpu, {}, {});
+                     heads_of(o.cpu), lse.cpu, {}, read.cpu);
   }
   void expect_equal() {
     EXPECT_LT(o.error(), 1e-2);
@@ -88,11 +89,12 @@ class Decoding {
     for (int64_t i = 0; i < is.numel(); ++i) {  // +infinity where a row attends nothing
       ASSERT_EQ(std::isinf(is.ptr<float>()[i]), std::isinf(lse.cpu.ptr<double>()[i]));
     }
+    EXPECT_EQ(std::memcmp(read.fetch().data, read.cpu.data, read.cpu.bytes()), 0);
   }
 
   const Case c;
   const int64_t first, keys, M;
-  Twin q, kv, o, lse, mask, bias;
+  Twin q, kv, o, lse, mask, bias, read;
 
  private:
   Tensor heads_of(const Tensor& x) const { return heads(x, 0, c.Hkv * c.g, c.D); }
