@@ -454,8 +454,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(&splits_done[group], 1) ==
                                                              static_cast<unsigned>(splits) - 1);
   if (!last) return;
-  if (threadIdx.x == 0) splits_done[group] = 0;
   __threadfence();
+  if (threadIdx.x == 0) splits_done[group] = 0;
   merge_splits<D, rows>(output, first_part, splits, *reinterpret_cast<Merge<rows>*>(rings));
 }
 
