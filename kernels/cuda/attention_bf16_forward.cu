@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
           for (int j = 0; j < together / 8; ++j) {
             x = fmaxf(x, fmaxf(s[m][j][2 * i], s[m][j][2 * i + 1]));
           }
-          most[m][i] = mine.off(m, i) ? -INFINITY : quad_max(x) * scale + bias[m][i];
+          x = quad_max(x);  // by all lanes: rows differ in whether they are off
+          most[m][i] = mine.off(m, i) ? -INFINITY : x * scale + bias[m][i];
           grows = grows || most[m][i] > top[m][i] + slack;
         }
       }
