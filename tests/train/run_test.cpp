@@ -9,6 +9,9 @@ namespace {
 const std::string dash = "attention.method=dash ";
 // Chunks small enough that the target is above routing's floor.
 const std::string sparse = dash + "attention.chunk=2 attention.target_density=0.4 ";
+// AdamW and the search for gamma amplify rounding from the fourth step on: density may then differ
+// by percents where sums are taken in another order.
+const std::string sparse_start = sparse + "train.steps=3 ";
 
 class Training : public TinyRun {
  protected:
@@ -30,14 +33,14 @@ TEST_F(Training, Learns) {
 }
 
 TEST_F(Training, HasTheSameLossesOnAnyNumberOfRanks) {
-  for (const std::string& method : {std::string(), dash, sparse}) {
+  for (const std::string& method : {std::string(), dash, sparse_start}) {
     train("alone", method);
     for (const int count : {1, 2, 3}) {
       const std::string name = fmt::format("ranks{}", count);
       train(name, method, count);
       if (count == 1) expect_same_steps(dir / name, dir / "alone");
-      expect_near_steps(dir / name, dir / "alone", method == sparse ? 1e-4 : 1e-5);
-      EXPECT_EQ(read_info(checkpoint(name, 12)).ranks, count);
+      expect_near_steps(dir / name, dir / "alone");
+      EXPECT_EQ(read_info(checkpoint(name, method == sparse_start ? 3 : 12)).ranks, count);
       std::filesystem::remove_all(dir / name);
     }
     std::filesystem::remove_all(dir / "alone");
@@ -91,11 +94,11 @@ TEST_F(Training, CountsItsOperations) {
 }
 
 TEST_F(Training, AccumulatesToTheSameLosses) {
-  train("one", sparse + "train.global_batch=4 train.micro_batch=1");
-  train("two", sparse + "train.global_batch=4 train.micro_batch=2");
-  train("four", sparse + "train.global_batch=4 train.micro_batch=4");
-  expect_near_steps(dir / "two", dir / "one", 1e-4);
-  expect_near_steps(dir / "four", dir / "one", 1e-4);
+  train("one", sparse_start + "train.global_batch=4 train.micro_batch=1");
+  train("two", sparse_start + "train.global_batch=4 train.micro_batch=2");
+  train("four", sparse_start + "train.global_batch=4 train.micro_batch=4");
+  expect_near_steps(dir / "two", dir / "one");
+  expect_near_steps(dir / "four", dir / "one");
 }
 
 TEST_F(Training, DiffersWithTheSeed) {
