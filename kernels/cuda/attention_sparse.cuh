@@ -2,14 +2,17 @@
 // The block-sparse engine on Hopper: what its two halves share that go through the keys, forward
 // (attention_sparse_forward.cu) and dq (attention_sparse_dq.cu).
 //
-// A thread block stays on its multiprocessor and takes items in turn, later queries first, which
-// see more. An item is neighbouring queries of one kv head: 64 / g of them for each warpgroup, each
-// with the g heads of the group one after the other, so that a warpgroup has 64 rows (the last ones
-// of no query where g does not divide 64). Its steps are the tiles of 64 keys that some query of
-// the item attends. One more warp finds them, in ascending order, and copies their K and V ahead
-// through a ring of stages, with a word for each warpgroup that tells which of its queries attend
-// the tile, and the queries' biases. A warpgroup passes over tiles that none of its own queries
-// attends: what it computes is the union of its 64 / g queries, whatever the others attend.
+// A thread block takes items, later queries first, which see more. Where there are masks it takes
+// one, and the GPU deals the blocks out as they end, since how long they take is up to the masks
+// (dealt out beforehand, multiprocessors were idle for a quarter of the time); else it stays on its
+// multiprocessor and takes them in turn, and copies run ahead from one to the next. An item is
+// neighbouring queries of one kv head: 64 / g of them for each warpgroup, each with the g heads of
+// the group one after the other, so that a warpgroup has 64 rows (the last ones of no query where g
+// does not divide 64). Its steps are the tiles of 64 keys that some query of the item attends. One
+// more warp finds them, in ascending order, and copies their K and V ahead through a ring of
+// stages, with a word for each warpgroup that tells which of its queries attend the tile, and the
+// queries' biases. A warpgroup passes over tiles that none of its own queries attends: what it
+// computes is the union of its 64 / g queries, whatever the others attend.
 //
 // Blocks are whole tiles, so a query attends all of a tile or nothing, but for what it does not see
 // (Sight): at the diagonal, at a window's begin and after the last key.
@@ -38,6 +41,10 @@ struct SparseItem {
     r = item % Hkv;
     first = (last - item / kv_heads) * queries;
     count = min(queries, N - first);
+  }
+  /// Thread blocks for so many items.
+  static int64_t blocks(const AttentionProblem& p, int64_t items) {
+    return p.mask ? items : std::min<int64_t>(items, multiprocessors());
   }
   /// Items of so many queries.
   __host__ __device__ static int64_t items(const AttentionProblem& p, int queries) {

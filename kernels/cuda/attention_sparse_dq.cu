@@ -293,10 +293,10 @@ void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = QueryGradients<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_backward: dq", query_gradients<D>, items, Shape::threads, Shape::shared_bytes,
-           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers,
-           static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq, grads.dbias,
-           p.blocks());
+    launch("attention_backward: dq", query_gradients<D>, SparseItem::blocks(p, items),
+           Shape::threads, Shape::shared_bytes, queries(q), keys(k), keys(v), queries(dout), p,
+           pack, numbers, static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq,
+           grads.dbias, p.blocks());
   });
   sparse_key_gradients(p, q, k, v, dout, numbers,
                        reinterpret_cast<char*>(scratch) + query_numbers_scratch(p), grads.dk,

@@ -293,8 +293,9 @@ void sparse_attention_forward(const AttentionProblem& problem, const Rows<bf16>&
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = Forward<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_forward, sparse", forward_kernel<D>, items, Shape::threads,
-           Shape::shared_bytes, q_map, k_map, v_map, p, pack, o, lse, p.scale() * log2_e);
+    launch("attention_forward, sparse", forward_kernel<D>, SparseItem::blocks(p, items),
+           Shape::threads, Shape::shared_bytes, q_map, k_map, v_map, p, pack, o, lse,
+           p.scale() * log2_e);
   });
 }
 
