@@ -30,8 +30,9 @@
 // scattered log sums and deltas, 4 KiB in sectors of 32 bytes: 4.7 GB from the second-level cache,
 // 0.85 ms at 24 bytes a clock and multiprocessor, which sets the pace. 2304 items pass on 64 KiB
 // each, written and read: 5% more. An H100 took 1.31 ms, 2240 clocks a step, when copying threads
-// looked up everything in a step's turn and a third of the others' time went into waiting for them;
-// 1 ms is expected now.
+// looked up everything in a step's turn and a third of the others' time went into waiting for them.
+// 1 ms was expected without that; it takes 1.38 (and 2.19 instead of 2.20 at B 4, Hq 16, Hkv 4,
+// D 64).
 //
 // At D 128 registers are short: what a computing thread needs at an item's end is spilled, and
 // addresses that a copying one looks up ahead. (8 registers more for these, and the products'

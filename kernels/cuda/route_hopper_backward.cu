@@ -15,10 +15,11 @@
 // 4096 items of 2.5 tiles of 32, 32 and 48 KB: 1.1 GB, 0.2 ms; about 50 other operations a pair,
 // 0.1 ms beside both.
 //
-// It took 600 us when each tile's D and dw, tau and dq were waited for where they are needed, eight
-// warps having little else to do. All are asked for a tile or a sweep ahead, but for D where g = 1,
-// whose table has no room for two tiles: about 520 us are to be expected. Where D = 64, rows of dq
-// waiting in registers make a few words spill, of which a tile takes one.
+// It took about 600 us when each tile's D and dw, tau and dq were waited for where they are needed,
+// eight warps having little else to do. All are asked for a tile or a sweep ahead, but for D where
+// g = 1, whose table has no room for two tiles. That was to leave 520 us; an H100 still takes about
+// 640. Where D = 64, rows of dq waiting in registers make a few words spill, of which a tile takes
+// one.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
