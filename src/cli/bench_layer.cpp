@@ -66,9 +66,8 @@ void Layer::record(const LayerInputs& in) {
                        .read = read};
   // A method's own projections as beside a dense model: copies of k and v, and gates near 0.5.
   for (const Projection& x : method_->projections(shape)) {
-    const auto zeros = [&] {
-      return heads(tape_->keep({B, N, x.heads * x.width}), 0, x.heads, x.width);
-    };
+    const Shape rows{B, N, x.heads * x.width};
+    const auto zeros = [&] { return heads(tape_->keep(rows), 0, x.heads, x.width); };
     const std::string& like = x.adopt.like;
     const Tensor value = like == "k_proj.weight"   ? in.k()
                          : like == "v_proj.weight" ? in.v()
