@@ -36,14 +36,19 @@ struct QueryGradients {
   static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 8 : 4;
   using Ring = SparseRing<D, groups, stages>;
+  using Items = DrawnItems<groups>;
 
-  // Own blocks come first, then the ring, its sums of dS and barriers for each warpgroup's blocks.
+  // Own blocks come first, then the ring, its sums of dS, barriers for each warpgroup's blocks and
+  // items.
   static constexpr int own_bytes = 2 * groups * Ring::block_bytes;
   static constexpr int sums_at = own_bytes + Ring::bytes;
   static constexpr int sums_bytes = stages * groups * block_rows * 4;
   static constexpr int barriers_at = sums_at + sums_bytes;
-  static constexpr int shared_bytes = 1024 + barriers_at + groups * 8 * 2;
+  static constexpr int items_at = barriers_at + groups * 8 * 2;
+  static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
+
+__device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
@@ -155,8 +160,12 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   auto* sums = reinterpret_cast<float*>(shared + Shape::sums_at);
   // Of a warpgroup's own blocks, which are filled anew while others still use theirs.
   const auto own_ring = [&](int i) { return Ring<1>{own_blocks + Shape::barriers_at + 16 * i}; };
+  const int queries = groups * pack.queries;
+  typename Shape::Items items(shared + Shape::items_at,
+                              static_cast<int>(SparseItem::items(p, queries)));
   if (thread == 0) {
     ring.init(p);
+    items.init();
     for (int i = 0; i < groups; ++i) Ring<1>::init(own_ring(i).barriers, 4);
     barrier_init_done();
   }
@@ -167,26 +176,28 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   show_to_engines();
   __syncthreads();
 
-  const int queries = groups * pack.queries;
-  const auto items = static_cast<int>(SparseItem::items(p, queries));
-
   if (thread / warpgroup == groups) {
     fewer_registers<groups == 3 ? 56 : 40>();
     const int warp = thread % warpgroup / 32;
-    if (warp < groups && thread % 32 == 0) {
+    if (warp < groups) {
       Ring<1> own = own_ring(warp);
-      for_items(items, [&](int number) {
+      const auto copy = [&](int number) {
         const SparseItem item(p, queries, number);
         const int first = item.first + warp * pack.queries;
-        barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
-        barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
-        copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
-        copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
+        if (thread % 32 == 0) {
+          prefetch_packed<D>(q_map, p, item, first);
+          prefetch_packed<D>(dout_map, p, item, first);
+          barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
+          barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
+          copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
+          copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
+        }
         own.next();
-      });
+      };
+      items.take(copy, true);
     }
     if (warp == 3) {
-      for_items(items, [&](int number) {
+      items.draw(&drawn, [&](int number) {
         ring.fill(p, queries, SparseItem(p, queries, number), k_map, v_map);
       });
     }
@@ -196,7 +207,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   more_registers<groups == 3 ? 152 : 232>();
   const int mine = uniform(thread / warpgroup);
   Ring<1> own = own_ring(mine);
-  for_items(items, [&](int number) {
+  items.take([&](int number) {
     const SparseItem item(p, queries, number);
     const int first = mine * pack.queries;  // of the item
     const OwnRows rows(p, pack, item.first + first);
@@ -294,10 +305,11 @@ void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = QueryGradients<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_backward: dq", query_gradients<D>, SparseItem::blocks(p, items),
-           Shape::threads, Shape::shared_bytes, queries(q), keys(k), keys(v), queries(dout), p,
-           pack, numbers, static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq,
-           grads.dbias, p.blocks());
+    launch("attention_backward: dq", query_gradients<D>,
+           std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes,
+           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers,
+           static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq, grads.dbias,
+           p.blocks());
   });
   sparse_key_gradients(p, q, k, v, dout, numbers,
                        reinterpret_cast<char*>(scratch) + query_numbers_scratch(p), grads.dk,

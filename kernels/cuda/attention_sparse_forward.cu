@@ -35,10 +35,14 @@ struct Forward {
   static constexpr int groups = 3, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 11 : 5;
   using Stages = SparseRing<D, groups, stages>;
-  // q's blocks, the ring and the barriers of q; blocks at multiples of 1024.
+  using Items = DrawnItems<groups>;
+  // q's blocks, the ring, the barriers of q and items; blocks at multiples of 1024.
   static constexpr int ring_at = groups * Stages::block_bytes, own_at = ring_at + Stages::bytes;
-  static constexpr int shared_bytes = 1024 + own_at + groups * 8 * 2;
+  static constexpr int items_at = own_at + groups * 8 * 2;
+  static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
+
+__device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
@@ -142,8 +146,12 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   typename Shape::Stages ring(shared + Shape::ring_at);
   // Of a warpgroup's q, which is filled anew while others still use theirs.
   const auto own_ring = [&](int w) { return Ring<1>{base + Shape::own_at + 16 * w}; };
+  const int queries = groups * pack.queries;  // of an item
+  typename Shape::Items items(shared + Shape::items_at,
+                              static_cast<int>(SparseItem::items(p, queries)));
   if (thread == 0) {
     ring.init(p);
+    items.init();
     for (int w = 0; w < groups; ++w) Ring<1>::init(own_ring(w).barriers, 4);
     barrier_init_done();
   }
@@ -154,26 +162,28 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   show_to_engines();
   __syncthreads();
 
-  const int queries = groups * pack.queries;  // of an item
-  const auto items = static_cast<int>(SparseItem::items(p, queries));
-
   if (warp >= 4 * groups) {
     fewer_registers<80>();
     const int copies = warp - 4 * groups;  // whose q, or all that comes through the ring
     if (copies == groups) {
-      for_items(items,
-                [&](int i) { ring.fill(p, queries, SparseItem(p, queries, i), k_map, v_map); });
-    } else if (thread % 32 == 0) {
-      Ring<1> own = own_ring(copies);
-      for_items(items, [&](int i) {
-        const SparseItem item(p, queries, i);
-        const int first = item.first + copies * pack.queries;
-        own.wait_empty();
+      items.draw(&drawn, [&](int number) {
+        ring.fill(p, queries, SparseItem(p, queries, number), k_map, v_map);
+      });
+      return;
+    }
+    Ring<1> own = own_ring(copies);
+    const auto copy = [&](int number) {
+      const SparseItem item(p, queries, number);
+      const int first = item.first + copies * pack.queries;
+      if (thread % 32 == 0) {
+        prefetch_packed<D>(q_map, p, item, first);
+        barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
         barrier_arrive_expecting(own.full(), packed_bytes<D>(pack));
         copy_packed<D>(q_block(copies), q_map, own.full(), p, item, first);
-        own.next();
-      });
-    }
+      }
+      own.next();
+    };
+    items.take(copy, true);
     return;
   }
 
@@ -181,8 +191,8 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   const int mine = warp / 4;
   Ring<1> own = own_ring(mine);
   const OwnBlock<D, false> q(q_block(mine));
-  for_items(items, [&](int i) {
-    const SparseItem item(p, queries, i);
+  items.take([&](int number) {
+    const SparseItem item(p, queries, number);
     const OwnRows rows(p, pack, item.first + mine * pack.queries);
     own.wait_full();
 
@@ -295,9 +305,9 @@ void sparse_attention_forward(const AttentionProblem& problem, const Rows<bf16>&
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = Forward<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_forward, sparse", forward_kernel<D>, SparseItem::blocks(p, items),
-           Shape::threads, Shape::shared_bytes, q_map, k_map, v_map, p, pack, o, lse,
-           p.scale() * log2_e);
+    launch("attention_forward, sparse", forward_kernel<D>,
+           std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes, q_map,
+           k_map, v_map, p, pack, o, lse, p.scale() * log2_e);
   });
 }
 
