@@ -293,7 +293,8 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
       started = false;
       if (Shape::scores_ahead) {
         ring.next();
-        known = look(false);
+        // The four warps start the same products, but may not all have seen that tile.
+        known = !warpgroup_any(1 + mine, !look(false));
         started = known && more;
       }
       if (started) {
