@@ -50,15 +50,30 @@ __device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launc
 // weights stay below 2^8.
 constexpr float slack = 8;
 
+/// Weights of rows that are not `on`, and their sums, become 0.
+__device__ __forceinline__ void hide_rows(float (&weights)[8][4], float (&sum)[2],
+                                          const bool (&on)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!on[i]) sum[i] = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 2 * i; e < 2 * i + 2; ++e) weights[j][e] = on[i] ? weights[j][e] : 0;
+    }
+  }
+}
+
 /// The online softmax of a thread's two rows. Each of the four lanes of a row has its own share of
 /// the weights' sum.
 struct OnlineSoftmax {
   float top[2] = {-INFINITY, -INFINITY}, weight[2] = {};
 
-  /// Scores become weights; `correction` is what sums of before are to be multiplied with. False:
-  /// it is 1 for all rows of the warp, and no lane has had to ask the others of its row.
-  __device__ bool update(float (&s)[8][4], float (&correction)[2], const float (&bias)[2],
-                         float scale) {
+  /// Scores become weights; those of rows that are not `on`, whose bias is -infinity, become 0,
+  /// whatever they were. `correction` is what sums of before are to be multiplied with. False: it
+  /// is 1 for all rows of the warp, and no lane has had to ask the others of its row.
+  __device__ bool update(float (&s)[8][4], float (&correction)[2], const bool (&on)[2],
+                         const float (&bias)[2], float scale) {
     float next[2];  // tops
     bool grows = false;
 #pragma unroll
@@ -87,6 +102,9 @@ struct OnlineSoftmax {
         }
       }
     }
+    // Scores of rows that are off may be NaN or infinite.
+    const bool odd = (!on[0] && sum[0] != 0) || (!on[1] && sum[1] != 0);
+    if (__any_sync(0xffffffffu, odd)) hide_rows(s, sum, on);
     // After the exponentials: ptxas would move a wait for products up to this branch.
     if (rescale) {
 #pragma unroll
@@ -115,15 +133,6 @@ struct OnlineSoftmax {
     return x[0];
   }
 };
-
-/// Scores of rows that are not `on` become -infinity, whatever they were.
-__device__ __forceinline__ void hide_rows(float (&s)[8][4], const bool (&on)[2]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = on[e / 2] ? s[j][e] : -INFINITY;
-  }
-}
 
 #endif  // ENTRAIN_HOPPER
 
@@ -217,7 +226,7 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       ring.wait_full();
       const int stage = ring.stage, tile = ring.step().tile;
       const uint64_t attending = ring.step().attending[mine];
-      if (tile < 0 || attending == 0) {
+      if (attending == 0) {
         if (tile < 0) break;
         // While P V waits, so may the copies, for its stage: at most for half of the ring.
         if (++passed > Shape::stages / 2) finish();
@@ -228,15 +237,14 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       q.by_rows(s, ring.k(stage));
       products_commit();
       bool on[2];
-      float bias[2] = {};
+      float bias[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         on[i] = attending >> rows.query[i] & 1;
-        if (p.bias && on[i]) {
-          bias[i] = ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e;
-        }
+        const float of_block =
+            p.bias ? ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e : 0;
+        bias[i] = on[i] ? of_block : -INFINITY;
       }
-      const bool some_off = __any_sync(~0u, !on[0] || !on[1]);
       if (before >= 0) {
         products_fence();
         add_product(sum, weights, ring.v(before));
@@ -246,10 +254,9 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
         products_wait<0>();
       }
       pin(s);
-      if (some_off) hide_rows(s, on);
       rows.hide_unseen(s, tile);
       float correction[2];
-      const bool rescale = softmax.update(s, correction, bias, scale);
+      const bool rescale = softmax.update(s, correction, on, bias, scale);
       products_wait<0>();
       pin(sum);
       if (before >= 0) warp_arrive(ring.empty(before));
