@@ -14,8 +14,9 @@
 // that held q took 1.17 ms for the shape below at density 0.125: 2570 clocks for each step of
 // either, whose products are 512. Three take 3.4 instead of 4.4 ms where all tiles are attended,
 // but 1.15 at that density, where they have fewer tiles in common and a quarter of the time no
-// item; with items dealt out as multiprocessors come free, 0.90. Four warpgroups, for D 64, would
-// have 112 registers, which are too few.
+// item; with items dealt out as multiprocessors come free, 0.90. With items drawn, so that one
+// starts while another ends, 0.78 is expected. Four warpgroups, for D 64, would have 112 registers,
+// which are too few.
 //
 // Four warps copy: one for each warpgroup its q, as soon as it has seen the last of its item
 // before, and one the keys.
@@ -238,19 +239,23 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       products_commit();
       bool on[2];
       float bias[2];
+      const auto find_biases = [&] {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        on[i] = attending >> rows.query[i] & 1;
-        const float of_block =
-            p.bias ? ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e : 0;
-        bias[i] = on[i] ? of_block : -INFINITY;
-      }
+        for (int i = 0; i < 2; ++i) {
+          on[i] = attending >> rows.query[i] & 1;
+          const float of_block =
+              p.bias ? ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e : 0;
+          bias[i] = on[i] ? of_block : -INFINITY;
+        }
+      };
       if (before >= 0) {
         products_fence();
         add_product(sum, weights, ring.v(before));
         products_commit();
+        find_biases();  // while both run
         products_wait<1>();
       } else {
+        find_biases();
         products_wait<0>();
       }
       pin(s);
