@@ -5,15 +5,16 @@
 // A thread block stays on its multiprocessor and draws items from a counter as it comes free, since
 // how long one takes is up to the masks (dealt out beforehand, multiprocessors were idle for a
 // quarter of the time); later queries, which see more, come first. Copies run ahead from one item
-// to the next. (One thread block an item, which the GPU deals out, left each item's start and end,
-// about 5 us of 43, with nothing beside them.) An item is
-// neighbouring queries of one kv head: 64 / g of them for each warpgroup, each with the g heads of
-// the group one after the other, so that a warpgroup has 64 rows (the last ones of no query where g
-// does not divide 64). Its steps are the tiles of 64 keys that some query of the item attends. One
-// more warp finds them, in ascending order, and copies their K and V ahead through a ring of
-// stages, with a word for each warpgroup that tells which of its queries attend the tile, and the
-// queries' biases. A warpgroup passes over tiles that none of its own queries attends: what it
-// computes is the union of its 64 / g queries, whatever the others attend.
+// to the next. (A thread block for each item, dealt out by the GPU, leaves the start and the end of
+// each with nothing beside them: about 5 us of 43.)
+//
+// An item is neighbouring queries of one kv head: 64 / g of them for each warpgroup, each with the
+// g heads of the group one after the other, so that a warpgroup has 64 rows (the last ones of no
+// query where g does not divide 64). Its steps are the tiles of 64 keys that some query of the item
+// attends. One more warp finds them, in ascending order, and copies their K and V ahead through a
+// ring of stages, with a word for each warpgroup that tells which of its queries attend the tile,
+// and the queries' biases. A warpgroup passes over tiles that none of its own queries attends: what
+// it computes is the union of its 64 / g queries, whatever the others attend.
 //
 // Blocks are whole tiles, so a query attends all of a tile or nothing, but for what it does not see
 // (Sight): at the diagonal, at a window's begin and after the last key.

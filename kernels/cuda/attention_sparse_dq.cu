@@ -44,8 +44,6 @@ struct QueryGradients {
   static constexpr int stages = D == 64 ? 8 : 4;
   using Ring = SparseRing<D, groups, stages>;
   using Items = DrawnItems<groups>;
-  // Whether there are registers for S of the next step beside P of this one.
-  static constexpr bool scores_ahead = D > 64;
 
   // Own blocks come first, then the ring, its sums of dS, barriers for each warpgroup's blocks and
   // items.
@@ -57,7 +55,7 @@ struct QueryGradients {
   static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
 
-__device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
+[[maybe_unused]] __device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
@@ -157,6 +155,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
 #ifdef ENTRAIN_HOPPER
   using Shape = QueryGradients<D>;
   constexpr int groups = Shape::groups;
+  constexpr bool scores_ahead = D > 64;  // there are registers for S of a step beside P of another
   const auto thread = static_cast<int>(threadIdx.x);
   char* shared = dynamic_shared();
   shared += -shared_address(shared) % 1024;
@@ -291,7 +290,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
       }
       rows.hide_unseen(weights, step.tile, 0);
       started = false;
-      if (Shape::scores_ahead) {
+      if (scores_ahead) {
         ring.next();
         // The four warps start the same products, but may not all have seen that tile.
         known = !warpgroup_any(1 + mine, !look(false));
@@ -319,7 +318,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
         gradients.take(ds, step.tile, step.attending[mine],
                        sums + (stage * groups + mine) * block_rows);
       }
-      if (!Shape::scores_ahead) {
+      if (!scores_ahead) {
         ring.next();
         known = look(false);
       }

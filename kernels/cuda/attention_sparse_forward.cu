@@ -43,7 +43,7 @@ struct Forward {
   static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
 
-__device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
+[[maybe_unused]] __device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
