@@ -2,17 +2,19 @@
 // The block-sparse engine on Hopper: what its two halves share that go through the keys, forward
 // (attention_sparse_forward.cu) and dq (attention_sparse_dq.cu).
 //
-// A thread block takes items, later queries first, which see more. Where there are masks it takes
-// one, and the GPU deals the blocks out as they end, since how long they take is up to the masks
-// (dealt out beforehand, multiprocessors were idle for a quarter of the time); else it stays on its
-// multiprocessor and takes them in turn, and copies run ahead from one to the next. An item is
-// neighbouring queries of one kv head: 64 / g of them for each warpgroup, each with the g heads of
-// the group one after the other, so that a warpgroup has 64 rows (the last ones of no query where g
-// does not divide 64). Its steps are the tiles of 64 keys that some query of the item attends. One
-// more warp finds them, in ascending order, and copies their K and V ahead through a ring of
-// stages, with a word for each warpgroup that tells which of its queries attend the tile, and the
-// queries' biases. A warpgroup passes over tiles that none of its own queries attends: what it
-// computes is the union of its 64 / g queries, whatever the others attend.
+// A thread block stays on its multiprocessor and draws items from a counter as it comes free, since
+// how long one takes is up to the masks (dealt out beforehand, multiprocessors were idle for a
+// quarter of the time); later queries, which see more, come first. Copies run ahead from one item
+// to the next. (A thread block for each item, dealt out by the GPU, leaves the start and the end of
+// each with nothing beside them: about 5 us of 43.)
+//
+// An item is neighbouring queries of one kv head: 64 / g of them for each warpgroup, each with the
+// g heads of the group one after the other, so that a warpgroup has 64 rows (the last ones of no
+// query where g does not divide 64). Its steps are the tiles of 64 keys that some query of the item
+// attends. One more warp finds them, in ascending order, and copies their K and V ahead through a
+// ring of stages, with a word for each warpgroup that tells which of its queries attend the tile,
+// and the queries' biases. A warpgroup passes over tiles that none of its own queries attends: what
+// it computes is the union of its 64 / g queries, whatever the others attend.
 //
 // Blocks are whole tiles, so a query attends all of a tile or nothing, but for what it does not see
 // (Sight): at the diagonal, at a window's begin and after the last key.
@@ -42,10 +44,6 @@ struct SparseItem {
     first = (last - item / kv_heads) * queries;
     count = min(queries, N - first);
   }
-  /// Thread blocks for so many items.
-  static int64_t blocks(const AttentionProblem& p, int64_t items) {
-    return p.mask ? items : std::min<int64_t>(items, multiprocessors());
-  }
   /// Items of so many queries.
   __host__ __device__ static int64_t items(const AttentionProblem& p, int queries) {
     return p.B * p.Hkv * ((p.N + queries - 1) / queries);
@@ -55,6 +53,76 @@ struct SparseItem {
     return (b * p.Hkv + r) * p.N + first;
   }
 };
+
+/// How the warps of a thread block get to know its items: the one that copies keys draws their
+/// numbers, and hands each on through one of two places in shared memory.
+template <int groups>
+class DrawnItems {
+ public:
+  static constexpr int bytes = 8 * 2 * 2 + 4 * 2;
+
+  /// memory: `bytes` at a multiple of 8. count: the launch's items.
+  __device__ DrawnItems(char* memory, int count)
+      : places_{shared_address(memory)},
+        numbers_(reinterpret_cast<int*>(memory + 8 * 2 * 2)),
+        count_(count) {}
+  /// By one thread, before barrier_init_done(). All warps of the warpgroups take a number, and one
+  /// more for each warpgroup, which copies its rows.
+  __device__ void init() const { Ring<2>::init(places_.barriers, 5 * groups); }
+
+  /// Draws, and calls f(number), by the warp that copies keys. Each thread block draws one number
+  /// too many, and the last of those sets the counter back to 0 for the next launch.
+  template <class F>
+  __device__ void draw(unsigned* counter, F f) {
+    const bool hands_on = threadIdx.x % 32 == 0;
+    for (;;) {
+      const auto last = static_cast<unsigned>(count_) + gridDim.x - 1;
+      const int number = uniform(hands_on ? static_cast<int>(atomicInc(counter, last)) : 0);
+      places_.wait_empty();
+      if (hands_on) {
+        numbers_[places_.stage] = number;
+        barrier_arrive(places_.full());
+      }
+      places_.next();
+      if (number >= count_) return;
+      f(number);
+    }
+  }
+  /// Calls f(number) for the same items, by another warp. asleep: for who has nothing else to do.
+  template <class F>
+  __device__ void take(F f, bool asleep = false) {
+    for (;;) {
+      if (asleep) {
+        barrier_wait_asleep(places_.full(), places_.parity);
+      } else {
+        places_.wait_full();
+      }
+      const int number = uniform(numbers_[places_.stage]);
+      warp_arrive(places_.empty(places_.stage));
+      places_.next();
+      if (number >= count_) return;
+      f(number);
+    }
+  }
+
+ private:
+  Ring<2> places_;
+  int* numbers_;
+  int count_;
+};
+
+/// Of 32 words, one a lane, bit t of lane i becomes bit i of lane t: ever smaller squares change
+/// places (Warren, Hacker's Delight, 7-3).
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t word) {
+  uint32_t low = 0x0000ffff;  // columns of a square's left half
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2, low ^= low << half) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, word, half);
+    const bool lower = threadIdx.x & half;
+    word = lower ? (word & ~low) | (other >> half & low) : (word & low) | (other << half & ~low);
+  }
+  return word;
+}
 
 /// What comes with a tile's keys and values.
 template <int groups>
@@ -71,15 +139,14 @@ template <int D, int groups, int stages>
 class SparseRing : public Ring<stages> {
  public:
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int bytes = stages * (2 * block_bytes + sizeof(SparseStep<groups>)) +
-                               8 * groups * block_rows + 8 * 2 * stages;
+  static constexpr int bytes =
+      stages * (2 * block_bytes + static_cast<int>(sizeof(SparseStep<groups>))) + 8 * 2 * stages;
 
   /// memory: `bytes` at a multiple of 1024.
   __device__ explicit SparseRing(char* memory)
       : Ring<stages>{shared_address(memory) + bytes - 8 * 2 * stages},
         blocks_(shared_address(memory)),
-        steps_(reinterpret_cast<SparseStep<groups>*>(memory + stages * 2 * block_bytes)),
-        words_(reinterpret_cast<uint64_t*>(steps_ + stages)) {}
+        steps_(reinterpret_cast<SparseStep<groups>*>(memory + stages * 2 * block_bytes)) {}
   /// By one thread, before barrier_init_done(). Each warp of the warpgroups empties a stage.
   __device__ void init(const AttentionProblem& p) const {
     Ring<stages>::init(this->barriers, 4 * groups, p.bias ? 1 + 32 : 1);
@@ -97,10 +164,14 @@ class SparseRing : public Ring<stages> {
     const float* biases = p.bias + item.index(p) * p.bias_blocks;
     const int begin = seen_by(p, item.first).begin;
     const int end = seen_by(p, item.first + item.count - 1).end;
-    // A lane has a tile of 32. They share a word of each query's mask.
-    for (int tile0 = begin / key_tile / 32 * 32; tile0 * key_tile < end; tile0 += 32) {
+    // A lane has a tile of 32. Masks of the next 32 are on their way when these are copied.
+    const int first_tile = begin / key_tile / 32 * 32;
+    Masks masks;
+    masks.load(p, queries / groups, item, first_tile);
+    for (int tile0 = first_tile; tile0 * key_tile < end; tile0 += 32) {
       uint64_t attending[groups];
-      find_attending(attending, p, queries, item, tile0);
+      find_attending(attending, p, queries / groups, item, tile0, masks);
+      if ((tile0 + 32) * key_tile < end) masks.load(p, queries / groups, item, tile0 + 32);
       const int block_of_lane = (tile0 + lane) * key_tile / block;
       bool some = false;
 #pragma unroll
@@ -142,25 +213,43 @@ class SparseRing : public Ring<stages> {
   }
 
  private:
-  /// Of each warpgroup's queries, those that attend some key of the lane's tile.
-  __device__ void find_attending(uint64_t (&attending)[groups], const AttentionProblem& p,
-                                 int queries, const SparseItem& item, int tile0) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, block = static_cast<int>(p.block);
-    const int tile = tile0 + lane, own = queries / groups;
-#pragma unroll
-    for (int w = 0; w < groups; ++w) attending[w] = p.mask ? 0 : ~uint64_t{0};
-    if (p.mask) {
-      const uint64_t* word = p.mask + item.index(p) * p.words + tile0 * key_tile / block / 64;
-      __syncwarp();  // the words of before have been read
-      for (int i = lane; i < item.count; i += 32) words_[i] = word[i * p.words];
-      __syncwarp();
-      const int bit = tile * key_tile / block % 64;
+  /// Of 32 tiles, which share half a word of each query's mask: the lane's query of each 32 of a
+  /// warpgroup's.
+  struct Masks {
+    uint32_t halves[groups][2];
+
+    __device__ void load(const AttentionProblem& p, int own, const SparseItem& item, int tile0) {
+      if (!p.mask) return;
+      const int block = static_cast<int>(p.block), lane = static_cast<int>(threadIdx.x) % 32;
+      const auto* of_item = reinterpret_cast<const uint32_t*>(p.mask + item.index(p) * p.words) +
+                            tile0 * key_tile / block / 32;
 #pragma unroll
       for (int w = 0; w < groups; ++w) {
-        for (int i = 0; i < min(own, item.count - w * own); ++i) {
-          attending[w] |= (words_[w * own + i] >> bit & 1) << i;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 32 * h + lane, query = w * own + i;
+          const bool has = i < own && query < item.count;
+          halves[w][h] = has ? of_item[query * 2 * p.words] : 0;
         }
       }
+    }
+  };
+
+  /// Of each warpgroup's `own` queries, those that attend some key of the lane's tile.
+  __device__ static void find_attending(uint64_t (&attending)[groups], const AttentionProblem& p,
+                                        int own, const SparseItem& item, int tile0,
+                                        const Masks& masks) {
+    const int tile = tile0 + static_cast<int>(threadIdx.x) % 32;
+    const int bit = tile * key_tile / static_cast<int>(p.block) % 32;
+#pragma unroll
+    for (int w = 0; w < groups; ++w) {
+      attending[w] = ~uint64_t{0};
+      if (!p.mask) continue;
+      // A lane has the bits of a block, whose tiles may be several.
+      attending[w] = __shfl_sync(0xffffffffu, transpose_bits(masks.halves[w][0]), bit);
+      if (own <= 32) continue;
+      attending[w] |= uint64_t{__shfl_sync(0xffffffffu, transpose_bits(masks.halves[w][1]), bit)}
+                      << 32;
     }
     // Of the item, queries [first, last) see some of the tile.
     const int64_t token = p.first + item.first, key = int64_t{tile} * key_tile;
@@ -177,7 +266,6 @@ class SparseRing : public Ring<stages> {
 
   uint32_t blocks_;
   SparseStep<groups>* steps_;
-  uint64_t* words_;  // of the item's queries
 };
 
 /// Starts copying a warpgroup's rows of x, whose first query is `first`; they are
@@ -190,6 +278,15 @@ __device__ __forceinline__ void copy_packed(Block to, const CUtensorMap& map, ui
   for (int panel = 0; panel < D / 64; ++panel) {
     copy_panel(to.address + panel * panel_bytes, map, barrier, panel * 64,
                item.r * static_cast<int>(p.g), first, item.b);
+  }
+}
+/// Has the second-level cache read them.
+template <int D>
+__device__ __forceinline__ void prefetch_packed(const CUtensorMap& map, const AttentionProblem& p,
+                                                const SparseItem& item, int first) {
+#pragma unroll
+  for (int panel = 0; panel < D / 64; ++panel) {
+    prefetch_panel(map, panel * 64, item.r * static_cast<int>(p.g), first, item.b);
   }
 }
 template <int D>

@@ -2,12 +2,19 @@
 // the sums of dS over a block's keys and a group's heads.
 //
 // Items, steps and the ring of K and V are attention_sparse.cuh's; a warpgroup has 64 rows, and a
-// thread block three of them where D is 64, two where D is 128. A step is the dense engine's
-// (attention_hopper_dq.cu): dS is the left operand of dq += dS K where S and dP leave it, and
-// nothing but K and V passes through shared memory. For dbias a lane sums what it has of dS, and
-// while the next step's products run, these sums are added up over a query's rows by shuffles where
-// they are in one warp (g 1, 2, 4, 8 and 16), else at once through shared memory. One lane writes a
-// query's sums, those of a block of several tiles in the tiles' order.
+// thread block three of them where D is 64, two where D is 128. dS is the left operand of
+// dq += dS K where S and dP leave it, and nothing but K and V passes through shared memory. For
+// dbias a lane sums what it has of dS, and while the next step's products run, these sums are added
+// up over a query's rows by shuffles where they are in one warp (g 1, 2, 4, 8 and 16), else at once
+// through shared memory. One lane writes a query's sums, those of a block of several tiles in the
+// tiles' order.
+//
+// Exponentials run beside dP. Where D is 128 there are registers for P beside S, so S of the next
+// tile that the warpgroup attends, where the ring has it, is started before dS of this one: the
+// tensor cores have it to do while dS is computed, and then dS K. So a warpgroup by itself would
+// keep them busy for 770 of about 900 clocks a step, instead of 1050. dP starts when S and dS K
+// have ended: where one round of the loop starts a product and the next one reads its result while
+// others still run, ptxas has each waited for at once.
 //
 // The last product of a step runs on while a warpgroup passes over tiles and goes into its next
 // step. But before it waits for the ring, it waits for that product and frees its stage, which the
@@ -16,8 +23,8 @@
 // Four warps copy: one the keys, and one for each warpgroup its q and dO, as soon as it has done
 // with those of its item before, while other warpgroups may still be at theirs. q is held in
 // registers where D is 128; dO and, where D is 64, q are read from shared memory, since sums,
-// scores and rounded dS leave no more registers. What the copying warps know of an item is spilled
-// in part: a few words are read back in a step, ahead of the products; these spill nothing.
+// scores and rounded dS leave no more registers. What warps know of an item is spilled in part: the
+// copying ones read a few words back in a step, the others do so between items.
 //
 // Floor: 6 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
 // 0.125: 4.1e11 operations, 0.42 ms at wgmma's 989 TFLOP/s, 0.69 ms at 600. A step copies 256 D
@@ -25,7 +32,7 @@
 // clocks where both warpgroups attend the tile and of 770 where one does. An H100 took 1.48 ms,
 // 3900 clocks for a warpgroup's step, when sums for dbias, biases and descriptors computed lane by
 // lane came between the products. Without these 1 ms was expected and 1.45 measured; with items
-// dealt out as multiprocessors come free, about 1.3.
+// dealt out as multiprocessors come free, 1.3. 1.05 is expected of drawn items and S started ahead.
 #include "kernels/cuda/attention_sparse.cuh"
 
 namespace entrain::cuda {
@@ -36,14 +43,19 @@ struct QueryGradients {
   static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 8 : 4;
   using Ring = SparseRing<D, groups, stages>;
+  using Items = DrawnItems<groups>;
 
-  // Own blocks come first, then the ring, its sums of dS and barriers for each warpgroup's blocks.
+  // Own blocks come first, then the ring, its sums of dS, barriers for each warpgroup's blocks and
+  // items.
   static constexpr int own_bytes = 2 * groups * Ring::block_bytes;
   static constexpr int sums_at = own_bytes + Ring::bytes;
   static constexpr int sums_bytes = stages * groups * block_rows * 4;
   static constexpr int barriers_at = sums_at + sums_bytes;
-  static constexpr int shared_bytes = 1024 + barriers_at + groups * 8 * 2;
+  static constexpr int items_at = barriers_at + groups * 8 * 2;
+  static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
+
+[[maybe_unused]] __device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
@@ -143,6 +155,7 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
 #ifdef ENTRAIN_HOPPER
   using Shape = QueryGradients<D>;
   constexpr int groups = Shape::groups;
+  constexpr bool scores_ahead = D > 64;  // there are registers for S of a step beside P of another
   const auto thread = static_cast<int>(threadIdx.x);
   char* shared = dynamic_shared();
   shared += -shared_address(shared) % 1024;
@@ -155,8 +168,12 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   auto* sums = reinterpret_cast<float*>(shared + Shape::sums_at);
   // Of a warpgroup's own blocks, which are filled anew while others still use theirs.
   const auto own_ring = [&](int i) { return Ring<1>{own_blocks + Shape::barriers_at + 16 * i}; };
+  const int queries = groups * pack.queries;
+  typename Shape::Items items(shared + Shape::items_at,
+                              static_cast<int>(SparseItem::items(p, queries)));
   if (thread == 0) {
     ring.init(p);
+    items.init();
     for (int i = 0; i < groups; ++i) Ring<1>::init(own_ring(i).barriers, 4);
     barrier_init_done();
   }
@@ -167,36 +184,38 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
   show_to_engines();
   __syncthreads();
 
-  const int queries = groups * pack.queries;
-  const auto items = static_cast<int>(SparseItem::items(p, queries));
-
   if (thread / warpgroup == groups) {
-    fewer_registers<groups == 3 ? 56 : 40>();
+    fewer_registers<56>();
     const int warp = thread % warpgroup / 32;
-    if (warp < groups && thread % 32 == 0) {
+    if (warp < groups) {
       Ring<1> own = own_ring(warp);
-      for_items(items, [&](int number) {
+      const auto copy = [&](int number) {
         const SparseItem item(p, queries, number);
         const int first = item.first + warp * pack.queries;
-        barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
-        barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
-        copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
-        copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
+        if (thread % 32 == 0) {
+          prefetch_packed<D>(q_map, p, item, first);
+          prefetch_packed<D>(dout_map, p, item, first);
+          barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
+          barrier_arrive_expecting(own.full(), 2 * packed_bytes<D>(pack));
+          copy_packed<D>(q_block(warp), q_map, own.full(), p, item, first);
+          copy_packed<D>(dout_block(warp), dout_map, own.full(), p, item, first);
+        }
         own.next();
-      });
+      };
+      items.take(copy, true);
     }
     if (warp == 3) {
-      for_items(items, [&](int number) {
+      items.draw(&drawn, [&](int number) {
         ring.fill(p, queries, SparseItem(p, queries, number), k_map, v_map);
       });
     }
     return;
   }
 
-  more_registers<groups == 3 ? 152 : 232>();
+  more_registers<groups == 3 ? 152 : 224>();
   const int mine = uniform(thread / warpgroup);
   Ring<1> own = own_ring(mine);
-  for_items(items, [&](int number) {
+  items.take([&](int number) {
     const SparseItem item(p, queries, number);
     const int first = mine * pack.queries;  // of the item
     const OwnRows rows(p, pack, item.first + first);
@@ -214,52 +233,106 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     const OwnBlock<D, (D > 64)> q(q_block(mine));
     const OwnBlock<D, false> dout(dout_block(mine));
 
-    float ds[8][4], sum[D / 8][4] = {};
-    pin(sum);
-    int before = -1;  // the stage whose keys the last product may still read
-    const auto finish = [&] {
-      products_wait<0>();
-      pin(sum);
-      if (before >= 0) warp_arrive(ring.empty(before));
-      before = -1;
+    bool more = false;  // whether the ring stands at a step to take
+    // Passes over tiles that none of the warpgroup's queries attends. False: the next one is not
+    // there yet, and was not to be waited for.
+    const auto look = [&](bool wait) {
+      for (;; ring.next()) {
+        if (wait) {
+          ring.wait_full();
+        } else if (!ring.is_full()) {
+          return false;
+        }
+        more = __any_sync(~0u, ring.step().attending[mine] != 0);
+        if (more || __any_sync(~0u, ring.step().tile < 0)) return true;
+        warp_arrive(ring.empty(ring.stage));
+      }
     };
+    float s[8][4], ds[8][4], sum[D / 8][4] = {};
+    pin(sum);
+    const auto start_scores = [&] {
+      products_fence();
+      q.by_rows(s, ring.k(uniform(ring.stage)));
+      products_commit();
+    };
+    bool known = true, started = false;  // whether the next step is there, and its S runs
+    look(true);
+    int before = -1;  // the stage whose keys the last product may still read
 #pragma unroll 1
-    for (;; ring.next()) {
+    while (more) {
       const int stage = uniform(ring.stage);
-      if (!ring.is_full()) {
-        finish();  // the ring may wait for that stage
-        ring.wait_full();
-      }
       const SparseStep<groups>& step = ring.step();
-      const int tile = step.tile;
-      const uint64_t attending = step.attending[mine];
-      if (!__any_sync(~0u, attending != 0)) {
-        if (tile < 0) break;
-        warp_arrive(ring.empty(stage));
-        continue;
-      }
-      add_query_gradients(
-          sum, ds, q, dout, ring.k(stage), ring.v(stage), scale * log2_e,
-          [&](float(&shifts)[2]) {
+      if (!started) start_scores();
+      float shifts[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float bias = p.bias ? step.bias[first + rows.query[i]] * log2_e : 0;
-              shifts[i] = attending >> rows.query[i] & 1 ? bias - log_sum[i] : -INFINITY;
-            }
-            if (dbias) gradients.write();
-          },
-          delta,
-          [&] {
-            if (before >= 0) warp_arrive(ring.empty(before));
-          },
-          [&](float(&weights)[8][4]) { rows.hide_unseen(weights, tile, 0); });
+      for (int i = 0; i < 2; ++i) {
+        const float bias = p.bias ? step.bias[first + rows.query[i]] * log2_e : 0;
+        const bool attends = step.attending[mine] >> rows.query[i] & 1;
+        shifts[i] = attends ? bias - log_sum[i] : -INFINITY;
+      }
+      if (dbias) gradients.write();
+      products_wait<0>();
+      pin(s);
+      pin(sum);
+      products_fence();
+      dout.by_rows(ds, ring.v(stage));
+      products_commit();
+      if (before >= 0) warp_arrive(ring.empty(before));
       before = stage;
+
+      float weights[8][4];  // P
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          weights[j][e] = power_of_2(fmaf(s[j][e], scale * log2_e, shifts[e / 2]));
+        }
+      }
+      rows.hide_unseen(weights, step.tile, 0);
+      started = false;
+      if (scores_ahead) {
+        ring.next();
+        // The four warps start the same products, but may not all have seen that tile.
+        known = !warpgroup_any(1 + mine, !look(false));
+        started = known && more;
+      }
+      if (started) {
+        start_scores();
+        products_wait<1>();
+      } else {
+        products_wait<0>();
+      }
+      pin(ds);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) ds[j][e] = weights[j][e] * (ds[j][e] - delta[e / 2]);
+      }
+      Fragment rounded[4];
+      round_to(rounded, ds);
+      products_fence();
+      add_product(sum, rounded, ring.k(stage));
+      products_commit();
       // Each stage has its own room: who writes there next has waited for who reads there now.
       if (dbias) {
-        gradients.take(ds, tile, attending, sums + (stage * groups + mine) * block_rows);
+        gradients.take(ds, step.tile, step.attending[mine],
+                       sums + (stage * groups + mine) * block_rows);
+      }
+      if (!scores_ahead) {
+        ring.next();
+        known = look(false);
+      }
+      if (!known) {
+        products_wait<0>();
+        pin(sum);
+        warp_arrive(ring.empty(stage));  // the ring may wait for it
+        before = -1;
+        look(true);
       }
     }
-    finish();
+    products_wait<0>();
+    pin(sum);
+    if (before >= 0) warp_arrive(ring.empty(before));
     gradients.write();
     warp_arrive(ring.empty(ring.stage));  // that told of the end
     ring.next();
@@ -294,10 +367,11 @@ void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = QueryGradients<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_backward: dq", query_gradients<D>, SparseItem::blocks(p, items),
-           Shape::threads, Shape::shared_bytes, queries(q), keys(k), keys(v), queries(dout), p,
-           pack, numbers, static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq,
-           grads.dbias, p.blocks());
+    launch("attention_backward: dq", query_gradients<D>,
+           std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes,
+           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers,
+           static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq, grads.dbias,
+           p.blocks());
   });
   sparse_key_gradients(p, q, k, v, dout, numbers,
                        reinterpret_cast<char*>(scratch) + query_numbers_scratch(p), grads.dk,

@@ -14,8 +14,9 @@
 // that held q took 1.17 ms for the shape below at density 0.125: 2570 clocks for each step of
 // either, whose products are 512. Three take 3.4 instead of 4.4 ms where all tiles are attended,
 // but 1.15 at that density, where they have fewer tiles in common and a quarter of the time no
-// item; with items dealt out as multiprocessors come free, 0.90. Four warpgroups, for D 64, would
-// have 112 registers, which are too few.
+// item; with items dealt out as multiprocessors come free, 0.90. With items drawn, so that one
+// starts while another ends, 0.78 is expected. Four warpgroups, for D 64, would have 112 registers,
+// which are too few.
 //
 // Four warps copy: one for each warpgroup its q, as soon as it has seen the last of its item
 // before, and one the keys.
@@ -35,10 +36,14 @@ struct Forward {
   static constexpr int groups = 3, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 11 : 5;
   using Stages = SparseRing<D, groups, stages>;
-  // q's blocks, the ring and the barriers of q; blocks at multiples of 1024.
+  using Items = DrawnItems<groups>;
+  // q's blocks, the ring, the barriers of q and items; blocks at multiples of 1024.
   static constexpr int ring_at = groups * Stages::block_bytes, own_at = ring_at + Stages::bytes;
-  static constexpr int shared_bytes = 1024 + own_at + groups * 8 * 2;
+  static constexpr int items_at = own_at + groups * 8 * 2;
+  static constexpr int shared_bytes = 1024 + items_at + Items::bytes;
 };
+
+[[maybe_unused]] __device__ unsigned drawn;  // items, by the blocks of a launch; 0 between launches
 
 #ifdef ENTRAIN_HOPPER
 
@@ -46,15 +51,30 @@ struct Forward {
 // weights stay below 2^8.
 constexpr float slack = 8;
 
+/// Weights of rows that are not `on`, and their sums, become 0.
+__device__ __forceinline__ void hide_rows(float (&weights)[8][4], float (&sum)[2],
+                                          const bool (&on)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (!on[i]) sum[i] = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 2 * i; e < 2 * i + 2; ++e) weights[j][e] = on[i] ? weights[j][e] : 0;
+    }
+  }
+}
+
 /// The online softmax of a thread's two rows. Each of the four lanes of a row has its own share of
 /// the weights' sum.
 struct OnlineSoftmax {
   float top[2] = {-INFINITY, -INFINITY}, weight[2] = {};
 
-  /// Scores become weights; `correction` is what sums of before are to be multiplied with. False:
-  /// it is 1 for all rows of the warp, and no lane has had to ask the others of its row.
-  __device__ bool update(float (&s)[8][4], float (&correction)[2], const float (&bias)[2],
-                         float scale) {
+  /// Scores become weights; those of rows that are not `on`, whose bias is -infinity, become 0,
+  /// whatever they were. `correction` is what sums of before are to be multiplied with. False: it
+  /// is 1 for all rows of the warp, and no lane has had to ask the others of its row.
+  __device__ bool update(float (&s)[8][4], float (&correction)[2], const bool (&on)[2],
+                         const float (&bias)[2], float scale) {
     float next[2];  // tops
     bool grows = false;
 #pragma unroll
@@ -83,6 +103,9 @@ struct OnlineSoftmax {
         }
       }
     }
+    // Scores of rows that are off may be NaN or infinite.
+    const bool odd = (!on[0] && sum[0] != 0) || (!on[1] && sum[1] != 0);
+    if (__any_sync(0xffffffffu, odd)) hide_rows(s, sum, on);
     // After the exponentials: ptxas would move a wait for products up to this branch.
     if (rescale) {
 #pragma unroll
@@ -112,15 +135,6 @@ struct OnlineSoftmax {
   }
 };
 
-/// Scores of rows that are not `on` become -infinity, whatever they were.
-__device__ __forceinline__ void hide_rows(float (&s)[8][4], const bool (&on)[2]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[j][e] = on[e / 2] ? s[j][e] : -INFINITY;
-  }
-}
-
 #endif  // ENTRAIN_HOPPER
 
 template <int D>
@@ -142,8 +156,12 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   typename Shape::Stages ring(shared + Shape::ring_at);
   // Of a warpgroup's q, which is filled anew while others still use theirs.
   const auto own_ring = [&](int w) { return Ring<1>{base + Shape::own_at + 16 * w}; };
+  const int queries = groups * pack.queries;  // of an item
+  typename Shape::Items items(shared + Shape::items_at,
+                              static_cast<int>(SparseItem::items(p, queries)));
   if (thread == 0) {
     ring.init(p);
+    items.init();
     for (int w = 0; w < groups; ++w) Ring<1>::init(own_ring(w).barriers, 4);
     barrier_init_done();
   }
@@ -154,26 +172,28 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   show_to_engines();
   __syncthreads();
 
-  const int queries = groups * pack.queries;  // of an item
-  const auto items = static_cast<int>(SparseItem::items(p, queries));
-
   if (warp >= 4 * groups) {
     fewer_registers<80>();
     const int copies = warp - 4 * groups;  // whose q, or all that comes through the ring
     if (copies == groups) {
-      for_items(items,
-                [&](int i) { ring.fill(p, queries, SparseItem(p, queries, i), k_map, v_map); });
-    } else if (thread % 32 == 0) {
-      Ring<1> own = own_ring(copies);
-      for_items(items, [&](int i) {
-        const SparseItem item(p, queries, i);
-        const int first = item.first + copies * pack.queries;
-        own.wait_empty();
+      items.draw(&drawn, [&](int number) {
+        ring.fill(p, queries, SparseItem(p, queries, number), k_map, v_map);
+      });
+      return;
+    }
+    Ring<1> own = own_ring(copies);
+    const auto copy = [&](int number) {
+      const SparseItem item(p, queries, number);
+      const int first = item.first + copies * pack.queries;
+      if (thread % 32 == 0) {
+        prefetch_packed<D>(q_map, p, item, first);
+        barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
         barrier_arrive_expecting(own.full(), packed_bytes<D>(pack));
         copy_packed<D>(q_block(copies), q_map, own.full(), p, item, first);
-        own.next();
-      });
-    }
+      }
+      own.next();
+    };
+    items.take(copy, true);
     return;
   }
 
@@ -181,8 +201,8 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
   const int mine = warp / 4;
   Ring<1> own = own_ring(mine);
   const OwnBlock<D, false> q(q_block(mine));
-  for_items(items, [&](int i) {
-    const SparseItem item(p, queries, i);
+  items.take([&](int number) {
+    const SparseItem item(p, queries, number);
     const OwnRows rows(p, pack, item.first + mine * pack.queries);
     own.wait_full();
 
@@ -207,7 +227,7 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       ring.wait_full();
       const int stage = ring.stage, tile = ring.step().tile;
       const uint64_t attending = ring.step().attending[mine];
-      if (tile < 0 || attending == 0) {
+      if (attending == 0) {
         if (tile < 0) break;
         // While P V waits, so may the copies, for its stage: at most for half of the ring.
         if (++passed > Shape::stages / 2) finish();
@@ -218,28 +238,30 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       q.by_rows(s, ring.k(stage));
       products_commit();
       bool on[2];
-      float bias[2] = {};
+      float bias[2];
+      const auto find_biases = [&] {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        on[i] = attending >> rows.query[i] & 1;
-        if (p.bias && on[i]) {
-          bias[i] = ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e;
+        for (int i = 0; i < 2; ++i) {
+          on[i] = attending >> rows.query[i] & 1;
+          const float of_block =
+              p.bias ? ring.step().bias[mine * pack.queries + rows.query[i]] * log2_e : 0;
+          bias[i] = on[i] ? of_block : -INFINITY;
         }
-      }
-      const bool some_off = __any_sync(~0u, !on[0] || !on[1]);
+      };
       if (before >= 0) {
         products_fence();
         add_product(sum, weights, ring.v(before));
         products_commit();
+        find_biases();  // while both run
         products_wait<1>();
       } else {
+        find_biases();
         products_wait<0>();
       }
       pin(s);
-      if (some_off) hide_rows(s, on);
       rows.hide_unseen(s, tile);
       float correction[2];
-      const bool rescale = softmax.update(s, correction, bias, scale);
+      const bool rescale = softmax.update(s, correction, on, bias, scale);
       products_wait<0>();
       pin(sum);
       if (before >= 0) warp_arrive(ring.empty(before));
@@ -295,9 +317,9 @@ void sparse_attention_forward(const AttentionProblem& problem, const Rows<bf16>&
   by_dense_head_dim(p.D, [&](auto D) {
     using Shape = Forward<D>;
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
-    launch("attention_forward, sparse", forward_kernel<D>, SparseItem::blocks(p, items),
-           Shape::threads, Shape::shared_bytes, q_map, k_map, v_map, p, pack, o, lse,
-           p.scale() * log2_e);
+    launch("attention_forward, sparse", forward_kernel<D>,
+           std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes, q_map,
+           k_map, v_map, p, pack, o, lse, p.scale() * log2_e);
   });
 }
 

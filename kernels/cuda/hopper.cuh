@@ -104,6 +104,14 @@ __device__ __forceinline__ void copy_panel(uint32_t to, const CUtensorMap& map, 
       "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+/// Has the second-level cache read a panel that will be copied.
+__device__ __forceinline__ void prefetch_panel(const CUtensorMap& map, int column, int row,
+                                               int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
 /// A multiple of 16 bytes, as is each address.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
                                            uint32_t barrier) {
