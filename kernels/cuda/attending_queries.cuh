@@ -1,7 +1,5 @@
 #pragma once
-// The queries that attend a tile of keys, as a list in shared memory: how kernels that go through
-// the queries, for dk and dv, gather them from the masks (attention_bf16_dkdv.cu,
-// attention_sparse_dkdv.cu). The first 4 warps of a thread block find them, in ascending order.
+// Which queries attend a tile of keys: what kernels for dk and dv go through.
 #include "kernels/cuda/attention_bf16.cuh"
 
 namespace entrain::cuda {
@@ -9,6 +7,24 @@ namespace entrain::cuda {
 constexpr int step_rows = 64;  // of queries and heads; a list is read in such steps
 constexpr int scanned = 1024;  // queries whose masks are looked at together
 
+/// Of queries [first, last), those that see something of a tile of keys, and those that see all.
+struct SeeingQueries {
+  int begin, end, all_begin, all_end;
+
+  __device__ SeeingQueries(const AttentionProblem& p, int tile, int first, int last) {
+    const int64_t key = int64_t{tile} * key_tile, last_key = min(key + key_tile, p.keys) - 1;
+    const auto within = [&](int64_t token) {
+      return static_cast<int>(max(int64_t{first}, min(token - p.first, int64_t{last})));
+    };
+    begin = within(p.sight.first_token(key));
+    end = within(p.sight.last_token(last_key));
+    all_begin = within(p.sight.first_token(last_key));
+    all_end = within(p.sight.last_token(key));
+  }
+};
+
+/// The queries that attend a tile, as a list in shared memory, gathered from the masks
+/// (attention_bf16_dkdv.cu). The first 4 warps of a thread block find them, in ascending order.
 class AttendingQueries {
  public:
   static constexpr int ints = scanned + step_rows + 32;  // of shared memory
@@ -16,24 +32,19 @@ class AttendingQueries {
   /// Of queries [begin, end) of a kv head of the batch's.
   __device__ AttendingQueries(const AttentionProblem& p, int group, int tile, int begin, int end,
                               int* shared)
-      : list_(shared), votes_(reinterpret_cast<uint32_t*>(shared + scanned + step_rows)) {
+      : list_(shared),
+        votes_(reinterpret_cast<uint32_t*>(shared + scanned + step_rows)),
+        seeing_(p, tile, begin, end) {
     const int64_t key = int64_t{tile} * key_tile;
     const int64_t last = min(key + key_tile, p.keys) - 1;
     const int64_t first_block = key / p.block, blocks = last / p.block - first_block + 1;
     masks_ = p.mask ? p.mask + group * p.N * p.words + first_block / 64 : nullptr;
     blocks_ = bits_below(static_cast<int>(blocks)) << (first_block % 64);
     words_ = p.words;
-    const auto within = [&](int64_t token) {
-      return static_cast<int>(max(int64_t{begin}, min(token - p.first, int64_t{end})));
-    };
-    begin_ = within(p.sight.first_token(key));
-    end_ = within(p.sight.last_token(last));
-    all_begin_ = within(p.sight.first_token(last));
-    all_end_ = within(p.sight.last_token(key));
     whole_ = !p.mask || p.block % key_tile == 0;
   }
 
-  __device__ bool more() const { return begin_ < end_; }
+  __device__ bool more() const { return seeing_.begin < seeing_.end; }
   /// Looks at the next queries, if there are more(). All threads call it, after a barrier that
   /// follows the last use of the list.
   __device__ void append() {
@@ -42,10 +53,10 @@ class AttendingQueries {
     for (int i = 0; i < rounds; i += together) {
       uint64_t words[together];
 #pragma unroll
-      for (int j = 0; j < together; ++j) words[j] = word(min(query(i + j), end_ - 1));
+      for (int j = 0; j < together; ++j) words[j] = word(min(query(i + j), seeing_.end - 1));
 #pragma unroll
       for (int j = 0; j < together; ++j) {
-        const bool attends = words[j] & blocks_ && query(i + j) < end_;
+        const bool attends = words[j] & blocks_ && query(i + j) < seeing_.end;
         const uint32_t vote = __ballot_sync(0xffffffffu, attends);
         if (lane == 0) votes_[(i + j) * warps + warp] = vote;
       }
@@ -67,7 +78,7 @@ class AttendingQueries {
       }
     }
     count_ += __shfl_sync(0xffffffffu, before, 31);
-    begin_ += scanned;
+    seeing_.begin += scanned;
     meet();
   }
   __device__ int count() const {
@@ -83,7 +94,7 @@ class AttendingQueries {
   /// Whether queries [i, i + count) of the list attend all keys of the tile.
   __device__ bool whole(int i, int count) const {
     const int first = list_[i], last = list_[i + count - 1];
-    return whole_ && first >= all_begin_ && last < all_end_;
+    return whole_ && first >= seeing_.all_begin && last < seeing_.all_end;
   }
   /// Forgets the first queries; fewer than step_rows stay. All threads call it, after a barrier.
   __device__ void drop(int queries) {
@@ -101,16 +112,15 @@ class AttendingQueries {
   }
   /// The thread's query of a round.
   __device__ int query(int round) const {
-    return begin_ + round * attention_threads + static_cast<int>(threadIdx.x);
+    return seeing_.begin + round * attention_threads + static_cast<int>(threadIdx.x);
   }
 
   int* list_;
   uint32_t* votes_;  // those of 32 queries, of which each round has one for each warp
   int count_ = 0;
-  int begin_, end_;          // queries not looked at yet that see something of the tile,
-  int all_begin_, all_end_;  // and those that see all of it
-  bool whole_;               // a query that attends a key of the tile attends all that it sees
-  const uint64_t* masks_;    // the word of the tile in the masks of this kv head's queries
+  SeeingQueries seeing_;   // from those on that have not been looked at
+  bool whole_;             // a query that attends a key of the tile attends all that it sees
+  const uint64_t* masks_;  // the word of the tile in the masks of this kv head's queries
   int64_t words_;
   uint64_t blocks_;  // of the tile, in that word
 };

@@ -28,6 +28,10 @@ struct QueryNumbers {
 /// In scratch of query_numbers_scratch() bytes; attention_hopper_numbers.cu.
 QueryNumbers query_numbers(const AttentionProblem& p, const Rows<bf16>& o, const Rows<bf16>& dout,
                            const float* lse, float* scratch);
+/// The same for the block-sparse engine, whose steps take single queries: (log sum, delta)
+/// [B, Hkv, N, g], a query's side by side.
+const float2* query_pairs(const AttentionProblem& p, const Rows<bf16>& o, const Rows<bf16>& dout,
+                          const float* lse, float* scratch);
 
 /// A problem as the kernels take it.
 struct DenseBackward {
@@ -220,14 +224,13 @@ __device__ __forceinline__ void add_query_gradients(float (&sum)[D / 8][4], floa
 /// A step of keys' gradients: dk_sum += dS^T q, whose products still run when it returns, and
 /// dv_sum += P^T dO. log_sums(j): what is subtracted from the logits, in base 2, of the thread's
 /// columns 8 j + 2 (thread % 4) and the next; deltas: where theirs are for j = 0. free_before() is
-/// called once the step before has done with its rows, hide(P) once P is known.
-template <int D, class LogSums, class FreeBefore, class Hide>
-__device__ __forceinline__ void add_key_gradients(float (&dk_sum)[D / 8][4],
-                                                  float (&dv_sum)[D / 8][4],
-                                                  const OwnBlock<D, false>& k,
-                                                  const OwnBlock<D, false>& v, Block q, Block dout,
-                                                  float scale, LogSums log_sums, uint32_t deltas,
-                                                  FreeBefore free_before, Hide hide) {
+/// called once the step before has done with its rows, hide(P) once P is known, free_dout(), where
+/// D > 64, once this step has done with dO.
+template <int D, class LogSums, class FreeBefore, class Hide, class FreeDout>
+__device__ __forceinline__ void add_key_gradients(
+    float (&dk_sum)[D / 8][4], float (&dv_sum)[D / 8][4], const OwnBlock<D, false>& k,
+    const OwnBlock<D, false>& v, Block q, Block dout, float scale, LogSums log_sums,
+    uint32_t deltas, FreeBefore free_before, Hide hide, FreeDout free_dout) {
   float s[8][4], dp[8][4];
   Fragment weights[4], ds[4];
   products_fence();
@@ -258,7 +261,10 @@ __device__ __forceinline__ void add_key_gradients(float (&dk_sum)[D / 8][4],
   for (int j = 0; j < 8; ++j) of_rows[j] = load_pair(deltas + 32 * j);
   products_wait<D == 64 ? 1 : 0>();  // registers for both weights and ds
   pin(dp);
-  if constexpr (D > 64) pin(dv_sum);
+  if constexpr (D > 64) {
+    pin(dv_sum);
+    free_dout();
+  }
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     dp[j][0] = s[j][0] * (dp[j][0] - of_rows[j].x);

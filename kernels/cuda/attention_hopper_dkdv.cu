@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(KeyGradients<D>::threads, 1)
                 if (query + 8 * j + e % 2 < key + e / 2 * 8) weights[j][e] = 0;
               }
             }
-          });
+          },
+          [] {});
       before = stage;
       ring.next();
       if (++t == p.blocks) t = block;

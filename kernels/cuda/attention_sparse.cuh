@@ -25,7 +25,7 @@ namespace entrain::cuda {
 
 /// dk and dv, the half that goes through the queries; attention_sparse_dkdv.cu.
 void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
-                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
+                          const Rows<bf16>& v, const Rows<bf16>& dout, const float2* numbers,
                           void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv);
 /// Bytes of its scratch, at a multiple of 16; those of a problem do for others with fewer keys.
 int64_t sparse_key_gradients_scratch(const AttentionProblem& p);

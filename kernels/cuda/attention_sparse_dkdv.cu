@@ -2,13 +2,12 @@
 // dv = P^T dO.
 //
 // An item is a tile of 64 keys of one kv head and a segment of the queries. One warpgroup finds the
-// queries of the segment that attend the tile, 1024 masks at a time, and has their rows of q and dO
-// copied into a ring of stages: a step is 64 rows, the g heads of 64 / g such queries, wherever
-// they lie, one copy a query, or a run of four, and 64 columns. Two more warpgroups take turns at
-// the steps, each with its own sums of dk and dv in registers, and at the item's end exchange
-// these, in the shared memory of K and V: the first one then has all of dv, the second one all of
-// dk. K and V have two places, so that those of the next item, and its first steps, come while this
-// one ends.
+// queries of the segment that attend the tile and has their rows of q and dO copied into a ring of
+// stages: a step is 64 rows, the g heads of 64 / g such queries, wherever they lie, one copy for
+// each run of neighbours and 64 columns. Two more warpgroups take turns at the steps, each with its
+// own sums of dk and dv in registers, and at the item's end exchange these, in the shared memory of
+// K and V: the first one then has all of dv, the second one all of dk. The first steps of the next
+// item wait in the ring by then, and its K and V come while these sums are passed on or written.
 //
 // Segments serve two ends. A tile that all queries attend is no single long chain of steps. And q
 // and dO of a kv head, 4 g D bytes a query, are more than the second-level cache holds (g 16, D
@@ -23,19 +22,20 @@
 //
 // With few stages what counts is the time from one's being free to its being full again. So a
 // warpgroup that finds no step waiting ends its last products and frees their stage first, and
-// those who copy look up lists and addresses before the stage is free.
+// frees dO before that, where D is 128; and each of those who copy has one thing to do, for which
+// all is known before there is room (attention_sparse_steps.cuh).
 //
 // Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
-// operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes a row, 32 KiB, and
-// scattered log sums and deltas, 4 KiB in sectors of 32 bytes: 4.7 GB from the second-level cache,
-// 0.85 ms at 24 bytes a clock and multiprocessor, which sets the pace. 2304 items pass on 64 KiB
-// each, written and read: 5% more. An H100 took 1.31 ms, 2240 clocks a step, when copying threads
-// looked up everything in a step's turn and a third of the others' time went into waiting for them.
-// 1 ms was expected without that; it takes 1.38 (and 2.19 instead of 2.20 at B 4, Hq 16, Hkv 4,
-// D 64).
+// operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes and two numbers a
+// row: 4.4 GB from the second-level cache, 0.78 ms at 24 bytes a clock and multiprocessor, which
+// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.38 ms,
+// 2300 clocks a step, when all four warps that copy went through each step together, log sums and
+// deltas came as single words and there were four stages: a third of the others' time went into
+// waiting, the rest was 1500 clocks a step. Expected now: 1.0 ms; at B 4, Hq 16, Hkv 4, D 64,
+// which took 2.19 ms, 1.3.
 //
-// At D 128 registers are short: what a computing thread needs at an item's end is spilled, and
-// addresses that a copying one looks up ahead. (8 registers more for these, and the products'
+// At D 128 registers are short: what a computing thread needs at an item's end, or in steps that
+// see a part of the tile, is spilled. (8 registers more for those who copy, and the products'
 // registers no longer suffice for them to run beside the program.)
 #include "kernels/cuda/attention_sparse_steps.cuh"
 
@@ -95,8 +95,10 @@ __device__ __forceinline__ void pass_on(const Work& w, int number, int which, fl
   int* passed = w.passed + place;
   float4* sums = w.sums + place * n * warpgroup + thread;
   if (item.segment > seeing.first) {
-    while (load_acquire(passed) != item.segment) {
+    if (thread == 0) {  // each time empties the first-level cache
+      while (load_acquire(passed) != item.segment) __nanosleep(100);
     }
+    meet(3 + which, warpgroup);
 #pragma unroll
     for (int j = 0; j < n; ++j) add_four(sum[j], __ldcg(sums + j * warpgroup));
   }
@@ -115,6 +117,7 @@ __device__ __forceinline__ void pass_on(const Work& w, int number, int which, fl
 template <int D>
 __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& memory) {
   auto& ring = memory.ring;
+  auto& douts = memory.douts;
   auto& own = memory.own;
   const auto next_turn = [&] {
     for (int i = 0; i < consumers; ++i) ring.next();
@@ -122,23 +125,31 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
   const int lane_column = static_cast<int>(threadIdx.x) % 4 * 2;
   const int lane_key =
       static_cast<int>(threadIdx.x) % warpgroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
-  if (mine == 1) ring.next();
+  if (mine == 1) {
+    ring.next();
+    douts.next();
+  }
   for (;; own.next()) {
     own.wait_full();
-    const int n = memory.items[own.stage];
+    const int n = memory.items[0];
     if (n < 0) return;
-    const int place = uniform(own.stage);
-    const OwnBlock<D, false> k(memory.k(place)), v(memory.v(place));
+    const OwnBlock<D, false> k(memory.k()), v(memory.v());
 
     float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     pin(dk_sum);
     pin(dv_sum);
-    int before = -1;  // the stage whose rows the last products may still read
+    // The stages whose rows the last products may still read.
+    int before = -1, dout_before = -1;
+    const auto free_before = [&] {
+      if (before < 0) return;
+      warp_arrive(ring.empty(before));
+      if constexpr (D == 64) warp_arrive(douts.empty(dout_before));
+    };
     const auto finish = [&] {
       products_wait<0>();
       pin(dk_sum);
       pin(dv_sum);
-      if (before >= 0) warp_arrive(ring.empty(before));
+      free_before();
       before = -1;
     };
     for (;; next_turn()) {
@@ -146,27 +157,14 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
         finish();  // the copies that are waited for may wait for that stage
         ring.wait_full();
       }
-      const int stage = uniform(ring.stage);
+      const int stage = uniform(ring.stage), dout_stage = uniform(douts.stage);
       const Step& step = memory.steps[stage];
       if (step.kind == Step::end) break;
       const uint32_t log_sums = shared_address(step.log_sums + lane_column);
       const uint32_t deltas = shared_address(step.deltas + lane_column);
-      const uint32_t biases = shared_address(step.biases + lane_column);
       add_key_gradients<D>(
-          dk_sum, dv_sum, k, v, memory.q(stage), memory.dout(stage), w.scale * log2_e,
-          [&](int j) {
-            float2 log_sum = load_pair(log_sums + 32 * j);
-            if (w.p.bias) {
-              const float2 bias = load_pair(biases + 32 * j);
-              log_sum.x -= bias.x * log2_e;
-              log_sum.y -= bias.y * log2_e;
-            }
-            return log_sum;
-          },
-          deltas,
-          [&] {
-            if (before >= 0) warp_arrive(ring.empty(before));
-          },
+          dk_sum, dv_sum, k, v, memory.q(stage), memory.dout(dout_stage), w.scale * log2_e,
+          [&](int j) { return load_pair(log_sums + 32 * j); }, deltas, free_before,
           [&](float(&weights)[8][4]) {
             if (step.kind == Step::whole) return;
             const int key = Item(w.items, n).tile * key_tile + lane_key;
@@ -179,21 +177,24 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
                 if (at < seen.begin || at >= seen.end) weights[j][e] = 0;
               }
             }
-          });
+          },
+          [&] { warp_arrive(douts.empty(dout_stage)); });
       before = stage;
+      dout_before = dout_stage;
+      for (int i = 0; i < consumers; ++i) douts.next();
     }
     finish();
     warp_arrive(ring.empty(ring.stage));
     next_turn();
 
-    float4 *first = memory.own_block(own.stage, 0), *second = memory.own_block(own.stage, 1);
+    float4 *first = memory.room(0), *second = memory.room(1);
     if (mine == 0) {
       exchange(dk_sum, dv_sum, first, second);
     } else {
       exchange(dv_sum, dk_sum, second, first);
     }
     show_to_engines();  // the next keys and values come after what was exchanged there
-    warp_arrive(own.empty(own.stage));
+    warp_arrive(own.empty(0));
     if (mine == 0) {
       pass_on(w, n, 0, dv_sum);
     } else {
@@ -210,15 +211,13 @@ __global__ void __launch_bounds__(threads, 1)
 #ifdef ENTRAIN_HOPPER
   Memory<D> memory;
   if (threadIdx.x == 0) {
-    // A stage is full when its rows, all threads' copies and their warps' own writes are there.
-    memory.ring.init(memory.ring.barriers, 4, 1 + warpgroup + 4);
-    memory.own.init(memory.own.barriers, 4 * consumers);
+    memory.init();
     barrier_init_done();
   }
   // What a step has beside its queries' rows stays zeros.
   for (int i = static_cast<int>(threadIdx.x);
-       i < 2 * Memory<D>::stages * Memory<D>::block_bytes / 16; i += threads) {
-    memory.own_block(Memory<D>::own_stages, 0)[i] = {0, 0, 0, 0};
+       i < Memory<D>::barriers_at / 16 - 2 * Memory<D>::block_bytes / 16; i += threads) {
+    memory.room(2)[i] = {0, 0, 0, 0};
   }
   show_to_engines();
   __syncthreads();
@@ -252,32 +251,28 @@ int64_t sparse_key_gradients_scratch(const AttentionProblem& p) {
 }
 
 void sparse_key_gradients(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
-                          const Rows<bf16>& v, const Rows<bf16>& dout, const QueryNumbers& numbers,
+                          const Rows<bf16>& v, const Rows<bf16>& dout, const float2* numbers,
                           void* scratch, const Rows<bf16>& dk, const Rows<bf16>& dv) {
   const Items items(p);
   const Scratch places(p);
   auto* bytes = static_cast<char*>(scratch);
   check(cudaMemsetAsync(scratch, 0, static_cast<size_t>(places.sums), stream()), "dk and dv");
   const PackedRows pack(p.g, block_rows);
-  const int run = queries_of_run(pack);
   const Work w{p,
                items,
                pack,
-               run,
                dk,
                dv,
                numbers,
-               padded_rows(p),
                p.scale(),
                reinterpret_cast<int*>(bytes),
                reinterpret_cast<int*>(bytes + places.passed),
                reinterpret_cast<float4*>(bytes + places.sums)};
-  const auto keys = [&](const Rows<bf16>& x) { return block_map(x, p.B, p.Hkv, p.keys, p.D); };
-  const auto queries = [&](const Rows<bf16>& x, int count) {
-    return packed_map(x, p.B, p.Hq, p.N, p.D, pack.heads, count);
-  };
-  const Maps maps{keys(k),          keys(v),         queries(q, 1),
-                  queries(dout, 1), queries(q, run), queries(dout, run)};
+  Maps maps{block_map(k, p.B, p.Hkv, p.keys, p.D), block_map(v, p.B, p.Hkv, p.keys, p.D), {}, {}};
+  for (int i = 0; i < Maps::runs && 1 << i <= pack.queries; ++i) {
+    maps.q[i] = packed_map(q, p.B, p.Hq, p.N, p.D, pack.heads, 1 << i);
+    maps.dout[i] = packed_map(dout, p.B, p.Hq, p.N, p.D, pack.heads, 1 << i);
+  }
   by_dense_head_dim(p.D, [&](auto D) {
     launch("attention_backward: dk and dv", key_gradients<D>,
            std::min<int64_t>(items.count(), multiprocessors()), threads, Memory<D>::bytes, maps, w);

@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
                     const __grid_constant__ CUtensorMap v_map,
                     const __grid_constant__ CUtensorMap dout_map,
                     const __grid_constant__ AttentionProblem p, const PackedRows pack,
-                    const QueryNumbers numbers, int padded, float scale, const Rows<bf16> dq,
-                    bool add_dq, float* dbias, int64_t dbias_blocks) {
+                    const float2* numbers, float scale, const Rows<bf16> dq, bool add_dq,
+                    float* dbias, int64_t dbias_blocks) {
 #ifdef ENTRAIN_HOPPER
   using Shape = QueryGradients<D>;
   constexpr int groups = Shape::groups;
@@ -222,10 +222,11 @@ __global__ void __launch_bounds__(QueryGradients<D>::threads, 1)
     float log_sum[2], delta[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t head = item.b * p.Hq + item.r * p.g + rows.head[i];
-      const int64_t row = head * padded + rows.first + rows.query[i];
-      log_sum[i] = rows.has[i] ? numbers.log_sums[row] : INFINITY;
-      delta[i] = rows.has[i] ? numbers.deltas[row] : 0;
+      const int64_t query = item.index(p) + first + rows.query[i];
+      const float2 pair =
+          rows.has[i] ? numbers[query * p.g + rows.head[i]] : make_float2(INFINITY, 0);
+      log_sum[i] = pair.x;
+      delta[i] = pair.y;
     }
     BiasGradients gradients(dbias + (item.index(p) + first) * dbias_blocks, dbias_blocks,
                             static_cast<int>(p.block), pack, 1 + mine);
@@ -354,7 +355,7 @@ void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>
                                const Rows<bf16>& dout, const float* lse, float* scratch,
                                const AttentionGrads<bf16>& grads) {
   const AttentionProblem p = check_sizes(problem);
-  const QueryNumbers numbers = query_numbers(p, o, dout, lse, scratch);
+  const float2* numbers = query_pairs(p, o, dout, lse, scratch);
   if (grads.dbias) {
     const auto bytes = static_cast<size_t>(p.B * p.Hkv * p.N * p.blocks()) * sizeof(float);
     check(cudaMemsetAsync(grads.dbias, 0, bytes, stream()), "attention_backward: dbias");
@@ -369,9 +370,8 @@ void sparse_attention_backward(const AttentionProblem& problem, const Rows<bf16>
     const int64_t items = SparseItem::items(p, Shape::groups * pack.queries);
     launch("attention_backward: dq", query_gradients<D>,
            std::min<int64_t>(items, multiprocessors()), Shape::threads, Shape::shared_bytes,
-           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers,
-           static_cast<int>(padded_rows(p)), p.scale(), grads.dq, grads.add_dq, grads.dbias,
-           p.blocks());
+           queries(q), keys(k), keys(v), queries(dout), p, pack, numbers, p.scale(), grads.dq,
+           grads.add_dq, grads.dbias, p.blocks());
   });
   sparse_key_gradients(p, q, k, v, dout, numbers,
                        reinterpret_cast<char*>(scratch) + query_numbers_scratch(p), grads.dk,
