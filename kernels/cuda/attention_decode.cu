@@ -22,6 +22,7 @@
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_read.cuh"
 #include "kernels/cuda/entmax_row.cuh"
+#include "kernels/cuda/launch_after.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
 namespace entrain::cuda {
@@ -33,6 +34,7 @@ constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
 
 constexpr int most_blocks = 256;  // where keys are split: two a multiprocessor
 constexpr int most_splits = 64;
+constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split
 
 /// Of weights 2^(score - top) of a row: their sum.
@@ -86,9 +88,28 @@ class AttendedTiles {
   /// The attended tiles from the n-th on, one after the other.
   class Walk {
    public:
-    __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_), word_(0) {
-      for (; n > 0 && n >= __popcll(any_[word_]); ++word_) n -= __popcll(any_[word_]);
-      for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
+    /// All lanes of a warp call it: they look at a word each.
+    __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_) {
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      for (int w0 = 0; w0 < tiles.words_; w0 += 32) {
+        const int in_word = w0 + lane < tiles.words_ ? __popcll(any_[w0 + lane]) : 0;
+        int up_to = in_word;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+          const int left = __shfl_up_sync(0xffffffffu, up_to, offset);
+          if (lane >= offset) up_to += left;
+        }
+        const unsigned beyond = __ballot_sync(0xffffffffu, up_to > n);
+        if (beyond == 0) {
+          n -= __shfl_sync(0xffffffffu, up_to, 31);
+          continue;
+        }
+        const int found = __ffs(static_cast<int>(beyond)) - 1;
+        n -= __shfl_sync(0xffffffffu, up_to - in_word, found);
+        word_ = w0 + found;
+        for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
+        return;
+      }
     }
     __device__ int next() {
       while (!rest_) rest_ = any_[++word_];
@@ -99,8 +120,8 @@ class AttendedTiles {
 
    private:
     const uint64_t* any_;
-    int word_;
-    uint64_t rest_;
+    int word_ = 0;
+    uint64_t rest_ = 0;
   };
 
  private:
@@ -121,8 +142,10 @@ struct Decode {
   static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
   static constexpr size_t ring_bytes = stages * place_bytes;
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
+  static constexpr size_t sum_bytes = sizeof(float) * warps * rows * sum_step;
 
   struct Small {
+    uint64_t sent;  // a barrier: what the cluster's blocks send this one
     RowWeight weights[warps * rows];
     float biases[warps][stages][most_queries];
   };
@@ -137,13 +160,14 @@ __device__ __forceinline__ float rescale(float from, float to) {
   return from == to ? 1 : power_of_2(from - to);
 }
 
-/// The weight of a row of which n parts [n, rows] are known.
-template <int rows>
-__device__ RowWeight merge(const RowWeight* parts, int n, int row) {
+/// The weight of a row of which n parts are known, so many apart.
+__device__ __forceinline__ RowWeight merge(const RowWeight* parts, int n, int apart) {
   RowWeight all{-INFINITY, 0};
-  for (int i = 0; i < n; ++i) all.top = fmaxf(all.top, parts[i * rows + row].top);
+#pragma unroll 4
+  for (int i = 0; i < n; ++i) all.top = fmaxf(all.top, parts[i * apart].top);
+#pragma unroll 4
   for (int i = 0; i < n; ++i) {
-    all.sum += parts[i * rows + row].sum * rescale(parts[i * rows + row].top, all.top);
+    all.sum += parts[i * apart].sum * rescale(parts[i * apart].top, all.top);
   }
   return all;
 }
@@ -248,6 +272,48 @@ struct Merge {
   }
 };
 
+/// How the blocks of a cluster, each a split, merge: they share the rows out, and send each other
+/// their sums of them. In shared memory, at a block whose rows they are.
+template <int D, int rows>
+struct ClusterMerge {
+  float4 sums[rows * D / 4];  // [splits, own rows, D]
+  RowWeight weights[rows];    // [splits, own rows]
+
+  __device__ static int own_rows(int splits) { return rows / splits; }
+  /// That are sent to a split.
+  __device__ static int bytes(const QueryTile& queries, int split, int splits) {
+    int of_queries = 0;
+    for (int i = 0; i < own_rows(splits); ++i) {
+      of_queries += queries.has(split * own_rows(splits) + i) ? 1 : 0;
+    }
+    return of_queries * splits * static_cast<int>(sizeof(float) * D + sizeof(RowWeight));
+  }
+  __device__ void send(int split, int splits, int row, int d, const float4& sum,
+                       const RowWeight& weight, uint32_t barrier) {
+    const int own = own_rows(splits), at = split * own + row % own;
+    const auto to = static_cast<uint32_t>(row / own);
+    cuda::send(sums + (at * D + d) / 4, sum, barrier, to);
+    if (d > 0) return;
+    cuda::send(reinterpret_cast<float2*>(weights + at), make_float2(weight.top, weight.sum),
+               barrier, to);
+  }
+  /// In order, once all have sent theirs.
+  __device__ void put(const Output& output, int split, int splits) const {
+    const int own = own_rows(splits);
+    for (int x = static_cast<int>(threadIdx.x); x < own * D / 4; x += attention_threads) {
+      const int i = x / (D / 4), row = split * own + i;
+      if (!output.queries.has(row)) continue;
+      const RowWeight all = merge(weights + i, splits, own);
+      float4 sum = {};
+#pragma unroll 8
+      for (int s = 0; s < splits; ++s) {
+        add_scaled(sum, sums[s * own * (D / 4) + x], rescale(weights[s * own + i].top, all.top));
+      }
+      output.put(row, x % (D / 4) * 4, sum, all);
+    }
+  }
+};
+
 /// Merges the splits of a group, whose parts begin at `first`, in order.
 template <int D, int rows>
 __device__ void merge_splits(const Output& output, int first, int splits, Merge<rows>& merge) {
@@ -296,7 +362,7 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = 16 * m + 8 * i + lane / 4;
-      const float top = merge<Shape::rows>(weights, warps, row).top;
+      const float top = merge(weights + row, warps, Shape::rows).top;
       const float factor = rescale(weight[m][i].top, top);
       float* to = warp_sums + (warp * Shape::rows + row) * Shape::sum_step + lane % 4 * 2;
 #pragma unroll
@@ -326,7 +392,7 @@ template <int D, int slabs>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
                   const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
-                  const PackedRows pack, float scale, const ReadSums read) {
+                  const PackedRows pack, float scale, bool clustered, const ReadSums read) {
   using Shape = Decode<D, slabs>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -334,7 +400,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   char* shared = dynamic_shared();
   const SharedTile<D> q_tile{shared_address(shared)};
-  auto& [weights, biases] = *reinterpret_cast<Shape::Small*>(shared + SharedTile<D>::bytes(rows));
+  auto& small = *reinterpret_cast<typename Shape::Small*>(shared + SharedTile<D>::bytes(rows));
   char* rings = shared + SharedTile<D>::bytes(rows) + sizeof(typename Shape::Small);
   const uint32_t ring = shared_address(rings + warp * Shape::ring_bytes);
   const auto k_tile = [&](int place) {
@@ -345,17 +411,27 @@ __global__ void __launch_bounds__(attention_threads, 2)
                          static_cast<uint32_t>(SharedTile<D>::bytes(warp_keys))};
   };
 
-  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
-  __syncthreads();
-  const int count = tiles.count();
-  const int splits =
-      max(1, min(static_cast<int>(gridDim.y), (count + least_tiles - 1) / least_tiles));
-  const int split = static_cast<int>(blockIdx.y);
-  if (split >= splits) return;
-  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
+  const uint32_t sent = shared_address(&small.sent);
+  const int split = static_cast<int>(blockIdx.y), most = static_cast<int>(gridDim.y);
+#ifdef ENTRAIN_HOPPER
+  if (clustered && threadIdx.x == 0) {
+    barrier_init(sent, 1);
+    barrier_init_done();
+    barrier_arrive_expecting(sent, ClusterMerge<D, rows>::bytes(queries, split, most));
+  }
+#endif
+  wait_for_previous();
+  let_next_begin();
 
   queries.copy<rows>(q, q_tile, D, true);
   commit_copies();
+  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
+  __syncthreads();
+  const int count = tiles.count();
+  const int splits = clustered ? most : max(1, min(most, (count + least_tiles - 1) / least_tiles));
+  if (split >= splits) return;
+  const auto begin = static_cast<int>(int64_t{count} * split / splits);
+  const int share = static_cast<int>(int64_t{count} * (split + 1) / splits) - begin;
   const HeadRows k_rows(k, queries.b, queries.r), v_rows(v, queries.b, queries.r);
   const auto fetch = [&](int tile, int place) {
 #pragma unroll 4
@@ -367,7 +443,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
       copy_async<16>(v_tile(place).chunk(row, c), v_rows.at(0, key) + 8 * c, valid);
     }
     if (p.bias && lane < queries.count) {
-      copy_async<4>(shared_address(&biases[warp][place][lane]),
+      copy_async<4>(shared_address(&small.biases[warp][place][lane]),
                     p.bias + (queries.index(p) + lane) * p.bias_blocks + tile, true);
     }
   };
@@ -420,7 +496,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
             s[m][j / 2][2 * i + j % 2] = -INFINITY;
           }
         }
-        const float bias = p.bias && on ? biases[warp][place][query] * log2_e : 0;
+        const float bias = p.bias && on ? small.biases[warp][place][query] * log2_e : 0;
         weigh(s[m], sums[m], weight[m][i], i, scale, bias);
       }
     }
@@ -428,9 +504,17 @@ __global__ void __launch_bounds__(attention_threads, 2)
     place = place == stages - 1 ? 0 : place + 1;
   }
 
+#ifdef ENTRAIN_HOPPER
+  if (clustered) cluster_arrive();  // this warp's ring is free for what others send
+#endif
   auto* warp_sums = reinterpret_cast<float*>(rings);
-  leave_sums<D, slabs>(sums, weight, weights, warp_sums);
+  auto& cluster = *reinterpret_cast<ClusterMerge<D, rows>*>(rings + Shape::sum_bytes);
+  static_assert(Shape::sum_bytes + sizeof cluster <= warps * Shape::ring_bytes);
+  leave_sums<D, slabs>(sums, weight, small.weights, warp_sums);
   __syncthreads();
+#ifdef ENTRAIN_HOPPER
+  if (clustered) cluster_meet();
+#endif
 
   const Output output{p, queries, queries.heads(o), lse};
   const int group = static_cast<int>(blockIdx.x + blockIdx.z * gridDim.x);
@@ -442,12 +526,22 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const float* from = warp_sums + (w * rows + row) * Shape::sum_step + d;
       add_scaled(sum, *reinterpret_cast<const float4*>(from), 1);
     }
-    if (splits == 1) return output.put(row, d, sum, merge<rows>(weights, warps, row));
+    const RowWeight all = merge(small.weights + row, warps, rows);
+    if (splits == 1) return output.put(row, d, sum, all);
+#ifdef ENTRAIN_HOPPER
+    if (clustered) return cluster.send(split, splits, row, d, sum, all, sent);
+#endif
     const int part = first_part + split * rows + row;
     *reinterpret_cast<float4*>(split_sums + part * D + d) = sum;
-    if (d == 0) split_weights[part] = merge<rows>(weights, warps, row);
+    if (d == 0) split_weights[part] = all;
   });
   if (splits == 1) return;
+#ifdef ENTRAIN_HOPPER
+  if (clustered) {
+    barrier_wait(sent, 0);
+    return cluster.put(output, split, splits);
+  }
+#endif
 
   __threadfence();
   __syncthreads();
@@ -457,6 +551,20 @@ __global__ void __launch_bounds__(attention_threads, 2)
   __threadfence();
   if (threadIdx.x == 0) splits_done[group] = 0;
   merge_splits<D, rows>(output, first_part, splits, *reinterpret_cast<Merge<rows>*>(rings));
+}
+
+/// Of so many blocks, those that form a cluster: a power of two, such that the clusters of all
+/// groups run at once. 1 where there are none.
+template <class Kernel>
+int cluster_of(Kernel kernel, const dim3& groups, int64_t blocks, size_t bytes) {
+  if (!on_hopper()) return 1;
+  for (unsigned n = most_of_cluster; n > 1; n /= 2) {
+    if (n > blocks) continue;
+    const LaunchAfter of({groups.x, n, groups.z}, attention_threads, bytes, {1, n, 1});
+    const int at_once = of.clusters_at_once("attention_decode", kernel);
+    if (at_once >= static_cast<int>(groups.x * groups.z)) return static_cast<int>(n);
+  }
+  return 1;
 }
 
 /// Whether this GPU's shared memory sufficed.
@@ -471,10 +579,15 @@ bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
   const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
   const int64_t splits =
       std::max<int64_t>(1, std::min({useful, int64_t{most_splits}, most_blocks / (tiles * parts)}));
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
-                  static_cast<unsigned>(parts));
-  launch("attention_decode", decode_kernel<D, slabs>, grid, attention_threads, bytes, p, q, k, v, o,
-         lse, pack, p.scale() * log2_e, sums);
+  dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
+            static_cast<unsigned>(parts));
+  dim3 cluster(1, 1, 1);
+  const auto kernel = decode_kernel<D, slabs>;
+  if (p.mask) cluster.y = cluster_of(kernel, grid, splits, bytes);
+  if (cluster.y > 1) grid.y = cluster.y;
+  LaunchAfter(grid, attention_threads, bytes, cluster)("attention_decode", kernel, p, q, k, v, o,
+                                                       lse, pack, p.scale() * log2_e, cluster.y > 1,
+                                                       sums);
   return true;
 }
 
