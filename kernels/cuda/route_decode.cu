@@ -442,8 +442,10 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
     return false;
   }
   const RouteOutput out(tau, blocks, weights, read);
-  return kbar.dtype == DType::f32 ? route<float>(s, q, kbar, routing, blocks.first, out)
-                                  : route<double>(s, q, kbar, routing, blocks.first, out);
+  bool routed = false;
+  by_summary_type(kbar,
+                  [&]<class K>(K) { routed = route<K>(s, q, kbar, routing, blocks.first, out); });
+  return routed;
 }
 
 }  // namespace entrain::cuda

@@ -41,9 +41,10 @@ class DashAttention : public AttentionMethod {
   double* alpha() override { return knobs_.host().ptr<double>(); }
   double* gamma() override { return knobs_.host().ptr<double>() + 1; }
 
-  /// The summaries of complete chunks.
-  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType) const override {
-    return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, DType::f64}};
+  /// The summaries of complete chunks. bf16 models read no more of them than f32 holds.
+  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType real) const override {
+    const DType dtype = real == DType::bf16 ? DType::f32 : DType::f64;
+    return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, dtype}};
   }
 
   Tensor record(Tape& tape, const AttentionInput& in, Var o) const override {
