@@ -98,8 +98,9 @@ __device__ int keep_above(float* row, int n, float top, float least) {
   return kept * width;
 }
 
-/// A tile of queries of one kv head, as one block of the cluster sees it.
-template <int D, class K>
+/// A tile of queries of one kv head, 16 row_tiles rows at most, as one block of the cluster sees
+/// it.
+template <int D, class K, int row_tiles>
 class DecodeTile {
  public:
   __device__ DecodeTile(const RouteDecode<K>& p, char* shared)
@@ -237,7 +238,8 @@ class DecodeTile {
   }
 
  private:
-  static constexpr int warps = threads / 32, row_tiles = most_rows / 16;
+  static constexpr int warps = threads / 32;
+  static constexpr int chains = row_tiles == 1 ? 3 : 1;  // of products, each waiting for the last
   using Summaries = Pack<K, 2>[D / 16][2];          // of 8 chunks: the right operands of products
   static constexpr int ahead = 16 / sizeof(K) / 2;  // so many of them are on their way
 
@@ -295,7 +297,7 @@ class DecodeTile {
   }
   /// Scores of eight chunks, whose summaries make room for later ones.
   __device__ void score(Summaries& next, int eight) {
-    float sum[row_tiles][4] = {};
+    float sums[row_tiles][chains][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       uint32_t parts[3][2];
@@ -312,7 +314,9 @@ class DecodeTile {
         Fragment a;
         q_.left(a, 16 * m, step);
 #pragma unroll
-        for (int part = 0; part < 3; ++part) mma(sum[m], a, parts[part][0], parts[part][1]);
+        for (int part = 0; part < 3; ++part) {
+          mma(sums[m][part % chains], a, parts[part][0], parts[part][1]);
+        }
       }
     }
     const int at = 8 * eight + lane() % 4 * 2, c = chunk_at(at);
@@ -320,7 +324,12 @@ class DecodeTile {
     for (int i = 0; i < 2 * row_tiles; ++i) {
       if (8 * i >= p_.rows) break;
       const int row = 8 * i + lane() / 4, end = small_.end[row];
-      const float* pair = sum[i / 2] + i % 2 * 2;
+      float pair[2] = {};
+#pragma unroll
+      for (const float(&sum)[4] : sums[i / 2]) {
+        pair[0] += sum[i % 2 * 2];
+        pair[1] += sum[i % 2 * 2 + 1];
+      }
       const float2 scores =
           make_float2(c >= p_.begin && c < end ? small_.factor * pair[0] : -INFINITY,
                       c + 1 >= p_.begin && c + 1 < end ? small_.factor * pair[1] : -INFINITY);
@@ -380,11 +389,11 @@ class DecodeTile {
   int count_;          // queries
 };
 
-template <int D, class K>
+template <int D, class K, int row_tiles>
 __global__ void __launch_bounds__(threads, 2)
     route_kernel(const __grid_constant__ RouteDecode<K> p, const RouteOutput out) {
 #ifdef ENTRAIN_HOPPER
-  DecodeTile<D, K> tile(p, dynamic_shared());
+  DecodeTile<D, K, row_tiles> tile(p, dynamic_shared());
   tile.score();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
@@ -424,8 +433,12 @@ bool route(const RouteShape& s, const Tensor& q, const Tensor& kbar, const DashR
   if (bytes > SharedMemory::of_device().most) return false;
   const LaunchAfter launch(dim3(static_cast<unsigned>(cluster * p.tiles() * p.heads)), threads,
                            static_cast<size_t>(bytes), {cluster, 1, 1});
-  s.D == 64 ? launch("route_decode", route_kernel<64, K>, p, out)
-            : launch("route_decode", route_kernel<128, K>, p, out);
+  const auto run = [&]<int row_tiles>(std::integral_constant<int, row_tiles>) {
+    s.D == 64 ? launch("route_decode", route_kernel<64, K, row_tiles>, p, out)
+              : launch("route_decode", route_kernel<128, K, row_tiles>, p, out);
+  };
+  p.rows == 16 ? run(std::integral_constant<int, 1>{})
+               : run(std::integral_constant<int, most_rows / 16>{});
   return true;
 }
 
