@@ -177,9 +177,11 @@ struct Kernels {
   /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is kbar's.
   /// scratch: f64 [dash_route_scratch()], or empty, as while decoding: each tile of queries then
   /// prepares summaries for itself, and those of chunks before the first query's may be read while
-  /// the work before this still runs.
+  /// the work before this still runs. beside: that work makes summaries which no query here routes
+  /// over, and everything may be read.
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
-                  const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read) const;
+                  const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read,
+                  bool beside = false) const;
   static int64_t dash_route_scratch(const Shape& q, const Shape& kbar);
   /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D]. What dbias holds
   /// afterwards is of no use: it may be written over. scratch: f64 [dash_route_backward_scratch()].

@@ -4,10 +4,10 @@
 // go unnoticed. In a captured graph the edges between such kernels are of that kind too.
 //
 // A kernel that LaunchAfter starts begins once all blocks of the kernel before have called
-// let_next_begin(), or ended. Every thread calls wait_for_previous() before it touches what other
-// kernels write or read, and let_next_begin() not earlier. So at any time only two kernels overlap,
-// and what all others wrote is there from the first instruction on. Kernels that are started as
-// usual wait for all before them.
+// let_next_begin(), or ended. Every thread calls wait_for_previous() before it touches what the
+// kernel before writes or reads, and let_next_begin() not earlier. So at any time only two kernels
+// overlap, and what all others wrote is there from the first instruction on. Kernels that are
+// started as usual wait for all before them.
 #include "kernels/cuda/hopper.cuh"
 
 namespace entrain::cuda {

@@ -49,7 +49,8 @@ struct RouteDecode {
   int g, heads;       // heads: kv heads of the batch
   int queries, rows;  // of a tile; rows are a multiple of 16
   int begin, end;     // candidates of the last query
-  bool early;         // they all were when the first query came
+  bool early;         // all summaries of them are older than the kernel before, and
+  bool beside;        // so are the queries
   int scored;         // pieces of a block that may have candidates
   int pieces;         // of a block, in all
   DashRouting routing;
@@ -138,8 +139,7 @@ class DecodeTile {
     Summaries next[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; ++i) load_summaries(next[i], warp() + i * warps);
-    wait_for_previous();
-    let_next_begin();
+    if (!p_.beside) wait_for_previous();
     load_queries();
     if (threadIdx.x == 0) {
       const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
@@ -156,6 +156,8 @@ class DecodeTile {
       }
     }
     __syncthreads();
+    wait_for_previous();
+    let_next_begin();
   }
 
   /// Of the rows that are this block's, every eighth; they go to all blocks.
@@ -407,10 +409,11 @@ __global__ void __launch_bounds__(threads, 2)
 /// Whether this GPU's shared memory sufficed.
 template <class K>
 bool route(const RouteShape& s, const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-           int64_t first, const RouteOutput& out) {
+           int64_t first, bool beside, const RouteOutput& out) {
   const auto whole = [](int64_t n) { return static_cast<int>(n); };
   const int queries = whole(std::min<int64_t>(s.N, most_rows / s.g));
   const int begin = whole(routing.init_blocks), end = s.width > 0 ? begin + s.width : 0;
+  const bool early = end <= first / routing.chunk;
   const RouteDecode<K> p{s.Hq,
                          s.Hkv,
                          s.N,
@@ -422,7 +425,8 @@ bool route(const RouteShape& s, const Tensor& q, const Tensor& kbar, const DashR
                          whole(ceil_div(queries * s.g, 16) * 16),
                          begin,
                          end,
-                         end <= first / routing.chunk,
+                         early,
+                         early && beside,
                          whole(ceil_div(end, cluster * piece)),
                          whole(ceil_div(std::max(s.M, piece * out.half_words), cluster * piece)),
                          routing,
@@ -446,7 +450,7 @@ bool route(const RouteShape& s, const Tensor& q, const Tensor& kbar, const DashR
 
 bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                   const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
-                  const Tensor& read) {
+                  const Tensor& read, bool beside) {
   const RouteShape s = route_shape_of(q, kbar, routing, blocks.first);
   bool wide = false;
   by_pack<bf16>({q}, [&](auto elements) { wide = elements > 1; });
@@ -456,8 +460,8 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
   }
   const RouteOutput out(tau, blocks, weights, read);
   bool routed = false;
-  by_summary_type(kbar,
-                  [&]<class K>(K) { routed = route<K>(s, q, kbar, routing, blocks.first, out); });
+  by_summary_type(
+      kbar, [&]<class K>(K) { routed = route<K>(s, q, kbar, routing, blocks.first, beside, out); });
   return routed;
 }
 

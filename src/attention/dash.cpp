@@ -79,13 +79,15 @@ class DashAttention : public AttentionMethod {
         [=, read = in.read, entropy = in.entropy](auto kernels) {
           const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
           const int64_t token = c * routing.chunk;
-          if (!queries.decoding() || queries.end() / routing.chunk > c) {  // one is complete now
+          const bool complete = !queries.decoding() || queries.end() / routing.chunk > c;
+          const bool in_one_chunk = (queries.end() - 1) / routing.chunk == c;
+          if (complete) {
             kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
                                    routing.chunk,
                                    kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
           }
           kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, route_scratch,
-                             read);
+                             read, complete && in_one_chunk);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
         [=](auto kernels) {  // adds to what attention left in q's and k's gradients

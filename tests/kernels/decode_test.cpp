@@ -268,6 +268,7 @@ struct Routed {
   const RouteCase c;
   Pinned alpha_gamma{{2}, DType::f64};
   DashRouting routing = c.routing;
+  bool beside = false;
   int64_t M;
   Twin q, kbar, tau, mask, bias, weights, read;
 
@@ -277,7 +278,7 @@ struct Routed {
     kernels.dash_route(
         heads(q.*side, 0, c.Hkv * c.g, c.D), kbar.*side, routing, tau.*side,
         {.block = routing.chunk, .mask = mask.*side, .bias = bias.*side, .first = c.first},
-        weights.*side, {}, read.*side);
+        weights.*side, {}, read.*side, beside);
   }
 };
 
@@ -321,26 +322,28 @@ TEST(Decode, RoutesAsTheCpuDoes) {
   }
 }
 
-// As in a step that completes a chunk: the router may start while the summary is being made.
+// As in steps that complete chunks, which queries of the same step route over or do not.
 TEST(Decode, RoutesOverWhatTheKernelBeforeSummarizes) {
   NEEDS_GPU();
-  const RouteCase c{.B = 2,
-                    .Hkv = 2,
-                    .g = 4,
-                    .N = 8,
-                    .D = 128,
-                    .routing = {.chunk = 4, .prior_eps = 1e-2},
-                    .alpha = 1.5,
-                    .gamma = 2,
-                    .first = 2001};
-  for (const DType summaries : {DType::f32, DType::f64}) {
-    Routed r(c, summaries);
-    const Twin k = Twin::normal({c.B, 8, c.Hkv * c.D}, DType::bf16, 5);
+  for (const bool beside : {false, true}) {
+    const int64_t N = beside ? 1 : 8, chunks = beside ? 1 : 2;
+    Routed r({.B = 2,
+              .Hkv = 2,
+              .g = 4,
+              .N = N,
+              .D = 128,
+              .routing = {.chunk = 4, .prior_eps = 1e-2},
+              .alpha = 1.5,
+              .gamma = 2,
+              .first = 2000 + 4 * chunks - N});
+    r.beside = beside;
+    const Twin k = Twin::normal({r.c.B, 4 * chunks, r.c.Hkv * r.c.D}, DType::bf16, 5);
     const auto summarize = [&](const auto& kernels, Tensor Twin::*side) {
-      kernels.dash_summaries(heads(k.*side, 0, c.Hkv, c.D), {}, 4, (r.kbar.*side).slice(2, 500, 2));
+      kernels.dash_summaries(heads(k.*side, 0, r.c.Hkv, r.c.D), {}, 4,
+                             (r.kbar.*side).slice(2, 500, chunks));
     };
-    summarize(on_gpu, &Twin::gpu);
     summarize(on_cpu, &Twin::cpu);
+    summarize(on_gpu, &Twin::gpu);
     expect_routed(r);
   }
 }
