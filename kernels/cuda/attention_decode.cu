@@ -1,27 +1,30 @@
 // Attention in bf16 of a sequence's last few queries, as while decoding: splits of the keys run
-// beside each other, and the last of them to finish merges them ("Flash-Decoding", Dao et al. 2023,
+// beside each other, then merge ("Flash-Decoding", Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html).
 //
 //   attended tiles of k and v --cp.async, 96 KB of rings--> shared
 //   a warp, 16 keys of each tile: S = q k^T -> P -> sums += P v, registers [rows, D]
-//   sums of 4 warps --shared--> of a split --L2--> of all splits -> o, lse
+//   sums of 4 warps --shared--> of a split --other blocks' shared, or L2--> of all -> o, lse
 //
 // Grid: (queries x kv heads x batch, splits, parts of the group). A block's 16 or 32 rows are heads
 // of the group, of one or several queries. It counts the tiles that its queries attend, takes an
 // equal share of them, and each of its warps goes through the share by itself, with a ring of
-// copies of its own: no barriers between them until the end. Where there are few tiles, blocks
-// whose share would be too small for the cost of merging it leave at once.
+// copies of its own: no barriers between them until the end.
+//
+// Where masks choose tiles, on Hopper, the splits of a group are a cluster of up to 16 blocks. All
+// keys are worth more splits than that, which merge through L2; of these, blocks whose share would
+// be too small for the cost of merging it leave at once.
 //
 // The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
-// are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us,
-// and 10 us to start, to learn which they are, and to merge 16 splits, 131 KB in each of 16 blocks,
-// 3 us. (It took 36 us when a thread weighed the splits anew for each of its columns.) Batch 1:
-// 6.3 MB by 48 blocks with 96 KB under way each, 3 us, and 5 us to merge 24 splits. Operations are
-// 64 for each byte and go unnoticed; what was read is counted while the first copies are on their
-// way.
+// are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us.
+// Expected beside that: 2 us until the first copies are asked for and come, and 1.5 us to merge. (A
+// last block that merged 16 splits from L2 made it 36 us in all.) Batch 1: 6.3 MB by 32 blocks with
+// 64 KB on their way to each, 3 us, and as much again for the rest. Operations are 64 for each byte
+// and go unnoticed; what was read is counted while the first copies are on their way.
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_read.cuh"
-#include "kernels/cuda/entmax_row.cuh"
+#include "kernels/cuda/decode_splits.cuh"
+#include "kernels/cuda/decode_tiles.cuh"
 #include "kernels/cuda/launch_after.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
@@ -29,110 +32,10 @@ namespace entrain::cuda {
 namespace {
 
 constexpr int64_t most_queries = 8;  // of a sequence: with more, tiles of queries are the way
-constexpr int most_rows = 32, most_dims = 128;
 constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
 
-constexpr int most_blocks = 256;  // where keys are split: two a multiprocessor
-constexpr int most_splits = 64;
 constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split
-
-/// Of weights 2^(score - top) of a row: their sum.
-struct RowWeight {
-  float top, sum;
-};
-
-// What splits leave for the last one. 4.3 MB.
-__device__ float split_sums[most_blocks * most_rows * most_dims];  // [group, split, rows, D]
-__device__ RowWeight split_weights[most_blocks * most_rows];       // [group, split, rows]
-__device__ unsigned splits_done[most_blocks];                      // [group], 0 between launches
-
-/// Which tiles of keys the queries of a block attend, a bit each, in shared memory: those of any of
-/// them, then those that masks give each.
-class AttendedTiles {
- public:
-  static size_t bytes(const AttentionProblem& p) {
-    const int64_t queries = p.mask ? std::min(p.N, most_queries) : 0;
-    return sizeof(uint64_t) * static_cast<size_t>((1 + queries) * words_of(p));
-  }
-
-  /// All threads call it; a barrier must follow.
-  __device__ AttendedTiles(const AttentionProblem& p, const QueryTile& queries, char* shared)
-      : masked_(p.mask), words_(static_cast<int>(words_of(p))) {
-    any_ = reinterpret_cast<uint64_t*>(shared);
-    const int begin = seen_by(p, queries.first).begin / key_tile;
-    const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
-    for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
-      const bool choose = masked_ && w < static_cast<int>(p.words);
-      uint64_t any = masked_ ? 0 : ~uint64_t{0};
-      for (int i = 0; choose && i < queries.count; ++i) {
-        const uint64_t bits = p.mask[(queries.index(p) + i) * p.words + w];
-        any_[(1 + i) * words_ + w] = bits;
-        any |= bits;
-      }
-      any_[w] = any & bits_below(end - 64 * w) & ~bits_below(begin - 64 * w);
-    }
-  }
-
-  /// All lanes of a warp call it.
-  __device__ int count() const {
-    int sum = 0;
-    for (int w = static_cast<int>(threadIdx.x) % 32; w < words_; w += 32) sum += __popcll(any_[w]);
-    return __reduce_add_sync(0xffffffffu, sum);
-  }
-  /// Whether a query's mask, where there is one, has a tile.
-  __device__ bool of(int query, int tile) const {
-    return !masked_ || (any_[(1 + query) * words_ + tile / 64] >> (tile % 64) & 1);
-  }
-
-  /// The attended tiles from the n-th on, one after the other.
-  class Walk {
-   public:
-    /// All lanes of a warp call it: they look at a word each.
-    __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_) {
-      const int lane = static_cast<int>(threadIdx.x) % 32;
-      for (int w0 = 0; w0 < tiles.words_; w0 += 32) {
-        const int in_word = w0 + lane < tiles.words_ ? __popcll(any_[w0 + lane]) : 0;
-        int up_to = in_word;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const int left = __shfl_up_sync(0xffffffffu, up_to, offset);
-          if (lane >= offset) up_to += left;
-        }
-        const unsigned beyond = __ballot_sync(0xffffffffu, up_to > n);
-        if (beyond == 0) {
-          n -= __shfl_sync(0xffffffffu, up_to, 31);
-          continue;
-        }
-        const int found = __ffs(static_cast<int>(beyond)) - 1;
-        n -= __shfl_sync(0xffffffffu, up_to - in_word, found);
-        word_ = w0 + found;
-        for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
-        return;
-      }
-    }
-    __device__ int next() {
-      while (!rest_) rest_ = any_[++word_];
-      const int tile = 64 * word_ + __ffsll(static_cast<int64_t>(rest_)) - 1;
-      rest_ &= rest_ - 1;
-      return tile;
-    }
-
-   private:
-    const uint64_t* any_;
-    int word_ = 0;
-    uint64_t rest_ = 0;
-  };
-
- private:
-  __host__ __device__ static int64_t words_of(const AttentionProblem& p) {
-    return p.keys / (64 * key_tile) + 1;
-  }
-
-  bool masked_;
-  int words_;
-  uint64_t* any_;
-};
 
 /// Shared memory: q, Small, the warps' rings, AttendedTiles.
 template <int D, int slabs>
@@ -144,7 +47,7 @@ struct Decode {
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
   static constexpr size_t sum_bytes = sizeof(float) * warps * rows * sum_step;
 
-  struct Small {
+  struct alignas(128) Small {
     uint64_t sent;  // a barrier: what the cluster's blocks send this one
     RowWeight weights[warps * rows];
     float biases[warps][stages][most_queries];
@@ -155,23 +58,6 @@ struct Decode {
   }
 };
 
-/// From weights that were scaled to one top to weights scaled to another.
-__device__ __forceinline__ float rescale(float from, float to) {
-  return from == to ? 1 : power_of_2(from - to);
-}
-
-/// The weight of a row of which n parts are known, so many apart.
-__device__ __forceinline__ RowWeight merge(const RowWeight* parts, int n, int apart) {
-  RowWeight all{-INFINITY, 0};
-#pragma unroll 4
-  for (int i = 0; i < n; ++i) all.top = fmaxf(all.top, parts[i * apart].top);
-#pragma unroll 4
-  for (int i = 0; i < n; ++i) {
-    all.sum += parts[i * apart].sum * rescale(parts[i * apart].top, all.top);
-  }
-  return all;
-}
-
 /// Calls f(row, d) for the block's rows, four columns from d on in each thread.
 template <int rows, int D, class F>
 __device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
@@ -179,13 +65,6 @@ __device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
     const int row = x / (D / 4);
     if (queries.has(row)) f(row, x % (D / 4) * 4);
   }
-}
-
-__device__ __forceinline__ void add_scaled(float4& sum, const float4& x, float factor) {
-  sum.x += x.x * factor;
-  sum.y += x.y * factor;
-  sum.z += x.z * factor;
-  sum.w += x.w * factor;
 }
 
 /// Makes weights of a row's scores, and scales what came before to the same top. i: which of a
@@ -215,128 +94,6 @@ __device__ __forceinline__ void weigh(float (&s)[2][4], float (&sums)[columns][4
       s[j][e] = power_of_2(fmaf(s[j][e], scale, shift));
       weight.sum += s[j][e];
     }
-  }
-}
-
-/// Where the sums of rows go once all keys are in them.
-struct Output {
-  const AttentionProblem& p;
-  const QueryTile& queries;
-  const HeadRows o;
-  float* const lse;
-
-  __device__ void put(int row, int d, const float4& sum, const RowWeight& weight) const {
-    const float inverse = weight.sum > 0 ? 1 / weight.sum : weight.sum;  // an empty row gives 0
-    *reinterpret_cast<uint2*>(queries.at(o, row) + d) =
-        make_uint2(pack(sum.x * inverse, sum.y * inverse), pack(sum.z * inverse, sum.w * inverse));
-    if (d > 0) return;
-    // +infinity makes the backward pass of an empty row exp(-infinity) = 0.
-    lse[queries.index(p, row)] =
-        weight.sum == 0 ? INFINITY : weight.top * (1 / log2_e) + logf(weight.sum);
-  }
-};
-
-/// What splits are scaled by, and the weights they add up to.
-template <int rows>
-struct Merge {
-  float factors[most_splits * rows];  // [splits, rows]
-  RowWeight all[rows];
-
-  /// Lanes share a row. A barrier must follow.
-  __device__ void weigh(int first, int splits) {
-    constexpr int width = attention_threads / rows;
-    const Lanes lanes(width);
-    const int row = static_cast<int>(threadIdx.x) / width;
-    float2 parts[most_splits / width];
-    float top = -INFINITY, sum = 0;
-#pragma unroll
-    for (int x = 0; x < most_splits / width; ++x) {
-      const int i = x * width + lanes.rank;
-      parts[x] = make_float2(-INFINITY, 0);
-      if (i < splits) {
-        parts[x] = __ldcg(reinterpret_cast<const float2*>(split_weights + first + i * rows + row));
-      }
-    }
-    for (const float2& part : parts) top = fmaxf(top, part.x);
-    top = lanes.max(top);
-#pragma unroll
-    for (int x = 0; x < most_splits / width; ++x) {
-      const int i = x * width + lanes.rank;
-      if (i >= splits) break;
-      const float factor = rescale(parts[x].x, top);
-      factors[i * rows + row] = factor;
-      sum += parts[x].y * factor;
-    }
-    sum = lanes.sum(sum);
-    if (lanes.rank == 0) all[row] = {top, sum};
-  }
-};
-
-/// How the blocks of a cluster, each a split, merge: they share the rows out, and send each other
-/// their sums of them. In shared memory, at a block whose rows they are.
-template <int D, int rows>
-struct ClusterMerge {
-  float4 sums[rows * D / 4];  // [splits, own rows, D]
-  RowWeight weights[rows];    // [splits, own rows]
-
-  __device__ static int own_rows(int splits) { return rows / splits; }
-  /// That are sent to a split.
-  __device__ static int bytes(const QueryTile& queries, int split, int splits) {
-    int of_queries = 0;
-    for (int i = 0; i < own_rows(splits); ++i) {
-      of_queries += queries.has(split * own_rows(splits) + i) ? 1 : 0;
-    }
-    return of_queries * splits * static_cast<int>(sizeof(float) * D + sizeof(RowWeight));
-  }
-  __device__ void send(int split, int splits, int row, int d, const float4& sum,
-                       const RowWeight& weight, uint32_t barrier) {
-    const int own = own_rows(splits), at = split * own + row % own;
-    const auto to = static_cast<uint32_t>(row / own);
-    cuda::send(sums + (at * D + d) / 4, sum, barrier, to);
-    if (d > 0) return;
-    cuda::send(reinterpret_cast<float2*>(weights + at), make_float2(weight.top, weight.sum),
-               barrier, to);
-  }
-  /// In order, once all have sent theirs.
-  __device__ void put(const Output& output, int split, int splits) const {
-    const int own = own_rows(splits);
-    for (int x = static_cast<int>(threadIdx.x); x < own * D / 4; x += attention_threads) {
-      const int i = x / (D / 4), row = split * own + i;
-      if (!output.queries.has(row)) continue;
-      const RowWeight all = merge(weights + i, splits, own);
-      float4 sum = {};
-#pragma unroll 8
-      for (int s = 0; s < splits; ++s) {
-        add_scaled(sum, sums[s * own * (D / 4) + x], rescale(weights[s * own + i].top, all.top));
-      }
-      output.put(row, x % (D / 4) * 4, sum, all);
-    }
-  }
-};
-
-/// Merges the splits of a group, whose parts begin at `first`, in order.
-template <int D, int rows>
-__device__ void merge_splits(const Output& output, int first, int splits, Merge<rows>& merge) {
-  constexpr int step = attention_threads / (D / 4), own = rows / step;  // rows at a time, and so on
-  constexpr int unroll = 16 / own;  // so many sums are on their way at once
-  merge.weigh(first, splits);
-  __syncthreads();
-  const int row = static_cast<int>(threadIdx.x) / (D / 4);
-  const int d = static_cast<int>(threadIdx.x) % (D / 4) * 4;
-  const float* from = split_sums + (first + row) * D + d;
-  float4 sums[own] = {};
-#pragma unroll unroll
-  for (int i = 0; i < splits; ++i) {
-#pragma unroll
-    for (int x = 0; x < own; ++x) {
-      add_scaled(sums[x], __ldcg(reinterpret_cast<const float4*>(from + (i * rows + x * step) * D)),
-                 merge.factors[i * rows + row + x * step]);
-    }
-  }
-#pragma unroll
-  for (int x = 0; x < own; ++x) {
-    const int at = row + x * step;
-    if (output.queries.has(at)) output.put(at, d, sums[x], merge.all[at]);
   }
 }
 
@@ -395,6 +152,9 @@ __global__ void __launch_bounds__(attention_threads, 2)
                   const PackedRows pack, float scale, bool clustered, const ReadSums read) {
   using Shape = Decode<D, slabs>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
+#ifndef ENTRAIN_HOPPER
+  clustered = false;  // so that no code is made of it
+#endif
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const QueryTile queries(p, pack, static_cast<int>(blockIdx.z) * pack.heads);
 
@@ -413,13 +173,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   const uint32_t sent = shared_address(&small.sent);
   const int split = static_cast<int>(blockIdx.y), most = static_cast<int>(gridDim.y);
-#ifdef ENTRAIN_HOPPER
   if (clustered && threadIdx.x == 0) {
     barrier_init(sent, 1);
     barrier_init_done();
     barrier_arrive_expecting(sent, ClusterMerge<D, rows>::bytes(queries, split, most));
   }
-#endif
   wait_for_previous();
   let_next_begin();
 
@@ -504,17 +262,13 @@ __global__ void __launch_bounds__(attention_threads, 2)
     place = place == stages - 1 ? 0 : place + 1;
   }
 
-#ifdef ENTRAIN_HOPPER
   if (clustered) cluster_arrive();  // this warp's ring is free for what others send
-#endif
   auto* warp_sums = reinterpret_cast<float*>(rings);
   auto& cluster = *reinterpret_cast<ClusterMerge<D, rows>*>(rings + Shape::sum_bytes);
   static_assert(Shape::sum_bytes + sizeof cluster <= warps * Shape::ring_bytes);
   leave_sums<D, slabs>(sums, weight, small.weights, warp_sums);
   __syncthreads();
-#ifdef ENTRAIN_HOPPER
   if (clustered) cluster_meet();
-#endif
 
   const Output output{p, queries, queries.heads(o), lse};
   const int group = static_cast<int>(blockIdx.x + blockIdx.z * gridDim.x);
@@ -528,28 +282,18 @@ __global__ void __launch_bounds__(attention_threads, 2)
     }
     const RowWeight all = merge(small.weights + row, warps, rows);
     if (splits == 1) return output.put(row, d, sum, all);
-#ifdef ENTRAIN_HOPPER
     if (clustered) return cluster.send(split, splits, row, d, sum, all, sent);
-#endif
     const int part = first_part + split * rows + row;
     *reinterpret_cast<float4*>(split_sums + part * D + d) = sum;
     if (d == 0) split_weights[part] = all;
   });
   if (splits == 1) return;
-#ifdef ENTRAIN_HOPPER
   if (clustered) {
     barrier_wait(sent, 0);
     return cluster.put(output, split, splits);
   }
-#endif
 
-  __threadfence();
-  __syncthreads();
-  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(&splits_done[group], 1) ==
-                                                             static_cast<unsigned>(splits) - 1);
-  if (!last) return;
-  __threadfence();
-  if (threadIdx.x == 0) splits_done[group] = 0;
+  if (!last_of_splits(group, splits)) return;
   merge_splits<D, rows>(output, first_part, splits, *reinterpret_cast<Merge<rows>*>(rings));
 }
 
@@ -577,8 +321,8 @@ bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
   const PackedRows pack(p.g, Shape::rows);
   const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
   const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
-  const int64_t splits =
-      std::max<int64_t>(1, std::min({useful, int64_t{most_splits}, most_blocks / (tiles * parts)}));
+  const int64_t splits = std::max<int64_t>(
+      1, std::min({useful, int64_t{most_splits}, most_split_blocks / (tiles * parts)}));
   dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
             static_cast<unsigned>(parts));
   dim3 cluster(1, 1, 1);
