@@ -188,8 +188,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const int count = tiles.count();
   const int splits = clustered ? most : max(1, min(most, (count + least_tiles - 1) / least_tiles));
   if (split >= splits) return;
-  const auto begin = static_cast<int>(int64_t{count} * split / splits);
-  const int share = static_cast<int>(int64_t{count} * (split + 1) / splits) - begin;
+  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
   const HeadRows k_rows(k, queries.b, queries.r), v_rows(v, queries.b, queries.r);
   const auto fetch = [&](int tile, int place) {
 #pragma unroll 4

@@ -48,8 +48,11 @@ class LaunchAfter {
   template <class Kernel>
   int clusters_at_once(const char* name, Kernel kernel) const {
     prepare(name, kernel);
+    cudaLaunchConfig_t config = config_;
+    config.attrs = config_.attrs + 1;  // of the clusters alone
+    config.numAttrs = 1;
     int clusters = 0;
-    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config_), name);
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), name);
     return clusters;
   }
   template <class... P, class... A>

@@ -2,23 +2,26 @@
 // gives a block of threads all chunks of a tile of queries, eight blocks, a cluster, share them.
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
-//   kbar [M, D] f64 -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
+//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
 //   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
 //   w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
-// time, and those of the next 8 are on their way to registers while it is at these: 64 KB to a
-// block. Where D is 128 that takes all registers, and a few words needed later are spilled. Blocks
-// write into each other's memory and read their own alone, so that three meetings of the cluster do
-// and the last one lets them go.
+// time, and those of later ones are on their way to registers while it is at these: 64 KB to a
+// block. Where there are more than 16 rows of 128 dimensions that takes all registers, and a few
+// words needed later are spilled. Blocks send each other what they need, to barriers that count
+// bytes: they never meet again once all have begun, and each may leave when it has got everything.
 //
-// The time is that of reading the summaries once. Hkv 2, D 128, 1536 chunks: 1.6 MB a kv head, at
-// batch 8 25 MB, 9 us at 2.8 TB/s; to start, 3 us; thresholds, 2 of 16 rows a block, two passes
-// over 1536 entries and about eight over those near the top, 3 us; meetings, each with a fence of
-// half a microsecond, weights and outputs, 5 us. With Newton's steps over whole rows, scores
-// fetched by those who need them and five meetings it took 27.5 us. Batch 1: 16 blocks, three
-// rounds of summaries, 3 us in place of 9.
+// It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
+// the host, before that kernel's results are there.
+//
+// The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
+// 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
+// and scores, 1.5 us; thresholds, 2 of 16 rows a block, two passes over 1536 entries and about
+// eight over those near the top, 2 us; weights and outputs, 1 us; three times a third of a
+// microsecond to send. With f64 summaries, Newton's steps over whole rows and five meetings, each
+// with a fence of half a microsecond, it took 27.5 us. Batch 1: 16 blocks, 1 us in place of 5.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
 #include "kernels/cuda/launch_after.cuh"
