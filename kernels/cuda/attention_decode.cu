@@ -2,7 +2,7 @@
 // beside each other, then merge ("Flash-Decoding", Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html).
 //
-//   attended tiles of k and v --cp.async, 96 KB of rings--> shared
+//   attended tiles of k and v --cp.async, 96 or 192 KB of rings--> shared
 //   a warp, 16 keys of each tile: S = q k^T -> P -> sums += P v, registers [rows, D]
 //   sums of 4 warps --shared--> of a split --other blocks' shared, or L2--> of all -> o, lse
 //
@@ -18,8 +18,8 @@
 // The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
 // are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us.
 // Expected beside that: 2 us until the first copies are asked for and come, and 1.5 us to merge. (A
-// last block that merged 16 splits from L2 made it 36 us in all.) Batch 1: 6.3 MB by 32 blocks with
-// 64 KB on their way to each, 3 us, and as much again for the rest. Operations are 64 for each byte
+// last block that merged 16 splits from L2 made it 36 us in all.) Batch 1: 6.3 MB by 32 blocks, all
+// of it on its way at once, 2 us, and twice as much for the rest. Operations are 64 for each byte
 // and go unnoticed; what was read is counted while the first copies are on their way.
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_read.cuh"
@@ -37,11 +37,12 @@ constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
 constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split
 
-/// Shared memory: q, Small, the warps' rings, AttendedTiles.
-template <int D, int slabs>
+/// Shared memory: q, Small, the warps' rings, AttendedTiles. A block has rings of 96 KB where a
+/// multiprocessor has two blocks, twice as much where it has one.
+template <int D, int slabs, bool alone>
 struct Decode {
   static constexpr int rows = 16 * slabs;
-  static constexpr int stages = 384 / D;
+  static constexpr int stages = (alone ? 768 : 384) / D;
   static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
   static constexpr size_t ring_bytes = stages * place_bytes;
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
@@ -99,11 +100,10 @@ __device__ __forceinline__ void weigh(float (&s)[2][4], float (&sums)[columns][4
 
 /// Leaves the warps' weights [warps, rows] and, once all threads are here, in the place of rings
 /// their sums [warps, rows, sum_step], scaled alike. A barrier must follow.
-template <int D, int slabs>
-__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
+template <class Shape, int slabs, int columns>
+__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][columns][4],
                                            RowWeight (&weight)[slabs][2], RowWeight* weights,
                                            float* warp_sums) {
-  using Shape = Decode<D, slabs>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int m = 0; m < slabs; ++m) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
       const float factor = rescale(weight[m][i].top, top);
       float* to = warp_sums + (warp * Shape::rows + row) * Shape::sum_step + lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
+      for (int j = 0; j < columns; ++j) {
         *reinterpret_cast<float2*>(to + 8 * j) =
             make_float2(sums[m][j][2 * i] * factor, sums[m][j][2 * i + 1] * factor);
       }
@@ -145,12 +145,12 @@ __device__ void count_read(const AttentionProblem& p, const QueryTile& queries,
   }
 }
 
-template <int D, int slabs>
+template <int D, int slabs, bool alone>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
                   const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
                   const PackedRows pack, float scale, bool clustered, const ReadSums read) {
-  using Shape = Decode<D, slabs>;
+  using Shape = Decode<D, slabs, alone>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
 #ifndef ENTRAIN_HOPPER
   clustered = false;  // so that no code is made of it
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   };
 
   AttendedTiles::Walk ahead(tiles, begin), now = ahead;
-#pragma unroll
+#pragma unroll 1
   for (int place = 0; place < stages - 1; ++place) {
     if (place < share) fetch(ahead.next(), place);
     commit_copies();
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   auto* warp_sums = reinterpret_cast<float*>(rings);
   auto& cluster = *reinterpret_cast<ClusterMerge<D, rows>*>(rings + Shape::sum_bytes);
   static_assert(Shape::sum_bytes + sizeof cluster <= warps * Shape::ring_bytes);
-  leave_sums<D, slabs>(sums, weight, small.weights, warp_sums);
+  leave_sums<Shape>(sums, weight, small.weights, warp_sums);
   __syncthreads();
   if (clustered) cluster_meet();
 
@@ -310,12 +310,24 @@ int cluster_of(Kernel kernel, const dim3& groups, int64_t blocks, size_t bytes) 
   return 1;
 }
 
+/// Whether a kernel with more shared memory can take the place of another: if all its blocks run at
+/// once nevertheless.
+template <class Kernel>
+bool runs_at_once(Kernel kernel, const dim3& grid, const dim3& cluster, size_t bytes) {
+  if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
+  const auto blocks = static_cast<int>(grid.x * grid.y * grid.z);
+  if (cluster.y == 1) return blocks <= multiprocessors();
+  const LaunchAfter of(grid, attention_threads, bytes, cluster);
+  return of.clusters_at_once("attention_decode", kernel) >= blocks / static_cast<int>(cluster.y);
+}
+
 /// Whether this GPU's shared memory sufficed.
 template <int D, int slabs>
 bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
             const Rows<bf16>& v, const Rows<bf16>& o, float* lse, const ReadSums& sums) {
-  using Shape = Decode<D, slabs>;
-  const size_t bytes = Shape::shared_bytes(p);
+  using Shape = Decode<D, slabs, false>;
+  using Alone = Decode<D, slabs, true>;
+  const size_t bytes = Shape::shared_bytes(p), alone_bytes = Alone::shared_bytes(p);
   if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
   const PackedRows pack(p.g, Shape::rows);
   const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
@@ -325,12 +337,16 @@ bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
   dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
             static_cast<unsigned>(parts));
   dim3 cluster(1, 1, 1);
-  const auto kernel = decode_kernel<D, slabs>;
+  const auto kernel = decode_kernel<D, slabs, false>, alone = decode_kernel<D, slabs, true>;
   if (p.mask) cluster.y = cluster_of(kernel, grid, splits, bytes);
   if (cluster.y > 1) grid.y = cluster.y;
-  LaunchAfter(grid, attention_threads, bytes, cluster)("attention_decode", kernel, p, q, k, v, o,
-                                                       lse, pack, p.scale() * log2_e, cluster.y > 1,
-                                                       sums);
+  const auto start = [&](auto the_kernel, size_t its_bytes) {
+    LaunchAfter(grid, attention_threads, its_bytes, cluster)("attention_decode", the_kernel, p, q,
+                                                             k, v, o, lse, pack, p.scale() * log2_e,
+                                                             cluster.y > 1, sums);
+  };
+  runs_at_once(alone, grid, cluster, alone_bytes) ? start(alone, alone_bytes)
+                                                  : start(kernel, bytes);
   return true;
 }
 
