@@ -159,7 +159,7 @@ class DecodeTile {
       }
     }
     __syncthreads();
-    wait_for_previous();
+    wait_for_previous();  // what follows writes where earlier kernels may still read
     let_next_begin();
   }
 
@@ -263,6 +263,7 @@ class DecodeTile {
   __device__ uint32_t sums_sent() const {
     return shared_address(&small_.sums_sent);
   }
+  /// Makes a barrier of what is to come.
   __device__ static void expect(uint32_t barrier, int bytes) {
     barrier_init(barrier, 1);
     barrier_arrive_expecting(barrier, bytes);

@@ -80,14 +80,14 @@ class DashAttention : public AttentionMethod {
           const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
           const int64_t token = c * routing.chunk;
           const bool complete = !queries.decoding() || queries.end() / routing.chunk > c;
-          const bool in_one_chunk = (queries.end() - 1) / routing.chunk == c;
+          const bool routed_over = (queries.end() - 1) / routing.chunk > c;  // by queries after it
           if (complete) {
             kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
                                    routing.chunk,
                                    kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
           }
           kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, route_scratch,
-                             read, complete && in_one_chunk);
+                             read, complete && !routed_over);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
         [=](auto kernels) {  // adds to what attention left in q's and k's gradients
