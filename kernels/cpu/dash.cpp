@@ -265,8 +265,8 @@ int64_t Kernels<Device::cpu>::dash_route_scratch(const Shape&, const Shape&) {
 
 template <>
 void Kernels<Device::cpu>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
-                                      const BlockSet& blocks, Tensor weights, Tensor,
-                                      Tensor read) const {
+                                      const BlockSet& blocks, Tensor weights, Tensor, Tensor read,
+                                      bool) const {
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q);

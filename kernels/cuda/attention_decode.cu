@@ -1,128 +1,55 @@
 // Attention in bf16 of a sequence's last few queries, as while decoding: splits of the keys run
-// beside each other, and the last of them to finish merges them ("Flash-Decoding", Dao et al. 2023,
+// beside each other, then merge ("Flash-Decoding", Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html).
 //
-//   attended tiles of k and v --cp.async, 96 KB of rings--> shared
+//   attended tiles of k and v --cp.async, 96 or 192 KB of rings--> shared
 //   a warp, 16 keys of each tile: S = q k^T -> P -> sums += P v, registers [rows, D]
-//   sums of 4 warps --shared--> of a split --L2--> of all splits -> o, lse
+//   sums of 4 warps --shared--> of a split --other blocks' shared, or L2--> of all -> o, lse
 //
 // Grid: (queries x kv heads x batch, splits, parts of the group). A block's 16 or 32 rows are heads
 // of the group, of one or several queries. It counts the tiles that its queries attend, takes an
 // equal share of them, and each of its warps goes through the share by itself, with a ring of
-// copies of its own: no barriers between them until the end. Where there are few tiles, blocks
-// whose share would be too small for the cost of merging it leave at once.
+// copies of its own: no barriers between them until the end.
+//
+// Where masks choose tiles, on Hopper, the splits of a group are a cluster of up to 16 blocks. All
+// keys are worth more splits than that, which merge through L2; of these, blocks whose share would
+// be too small for the cost of merging it leave at once.
 //
 // The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
-// are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us,
-// and 10 us to start, to learn which they are, and to merge 16 splits, 131 KB in each of 16 blocks,
-// 3 us. (It took 36 us when a thread weighed the splits anew for each of its columns.) Batch 1:
-// 6.3 MB by 48 blocks with 96 KB under way each, 3 us, and 5 us to merge 24 splits. Operations are
-// 64 for each byte and go unnoticed; what was read is counted while the first copies are on their
-// way.
+// are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us.
+// Expected beside that: 2 us until the first copies are asked for and come, and 1.5 us to merge. (A
+// last block that merged 16 splits from L2 made it 36 us in all.) Batch 1: 6.3 MB by 32 blocks, all
+// of it on its way at once, 2 us, and twice as much for the rest. Operations are 64 for each byte
+// and go unnoticed; what was read is counted while the first copies are on their way.
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_read.cuh"
-#include "kernels/cuda/entmax_row.cuh"
+#include "kernels/cuda/decode_splits.cuh"
+#include "kernels/cuda/decode_tiles.cuh"
+#include "kernels/cuda/launch_after.cuh"
 #include "kernels/cuda/score_tile.cuh"
 
 namespace entrain::cuda {
 namespace {
 
 constexpr int64_t most_queries = 8;  // of a sequence: with more, tiles of queries are the way
-constexpr int most_rows = 32, most_dims = 128;
 constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
 
-constexpr int most_blocks = 256;  // where keys are split: two a multiprocessor
-constexpr int most_splits = 64;
+constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split
 
-/// Of weights 2^(score - top) of a row: their sum.
-struct RowWeight {
-  float top, sum;
-};
-
-// What splits leave for the last one. 4.3 MB.
-__device__ float split_sums[most_blocks * most_rows * most_dims];  // [group, split, rows, D]
-__device__ RowWeight split_weights[most_blocks * most_rows];       // [group, split, rows]
-__device__ unsigned splits_done[most_blocks];                      // [group], 0 between launches
-
-/// Which tiles of keys the queries of a block attend, a bit each, in shared memory: those of any of
-/// them, then those that masks give each.
-class AttendedTiles {
- public:
-  static size_t bytes(const AttentionProblem& p) {
-    const int64_t queries = p.mask ? std::min(p.N, most_queries) : 0;
-    return sizeof(uint64_t) * static_cast<size_t>((1 + queries) * words_of(p));
-  }
-
-  /// All threads call it; a barrier must follow.
-  __device__ AttendedTiles(const AttentionProblem& p, const QueryTile& queries, char* shared)
-      : masked_(p.mask), words_(static_cast<int>(words_of(p))) {
-    any_ = reinterpret_cast<uint64_t*>(shared);
-    const int begin = seen_by(p, queries.first).begin / key_tile;
-    const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
-    for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
-      const bool choose = masked_ && w < static_cast<int>(p.words);
-      uint64_t any = masked_ ? 0 : ~uint64_t{0};
-      for (int i = 0; choose && i < queries.count; ++i) {
-        const uint64_t bits = p.mask[(queries.index(p) + i) * p.words + w];
-        any_[(1 + i) * words_ + w] = bits;
-        any |= bits;
-      }
-      any_[w] = any & bits_below(end - 64 * w) & ~bits_below(begin - 64 * w);
-    }
-  }
-
-  /// All lanes of a warp call it.
-  __device__ int count() const {
-    int sum = 0;
-    for (int w = static_cast<int>(threadIdx.x) % 32; w < words_; w += 32) sum += __popcll(any_[w]);
-    return __reduce_add_sync(0xffffffffu, sum);
-  }
-  /// Whether a query's mask, where there is one, has a tile.
-  __device__ bool of(int query, int tile) const {
-    return !masked_ || (any_[(1 + query) * words_ + tile / 64] >> (tile % 64) & 1);
-  }
-
-  /// The attended tiles from the n-th on, one after the other.
-  class Walk {
-   public:
-    __device__ Walk(const AttendedTiles& tiles, int n) : any_(tiles.any_), word_(0) {
-      for (; n > 0 && n >= __popcll(any_[word_]); ++word_) n -= __popcll(any_[word_]);
-      for (rest_ = any_[word_]; n > 0; --n) rest_ &= rest_ - 1;
-    }
-    __device__ int next() {
-      while (!rest_) rest_ = any_[++word_];
-      const int tile = 64 * word_ + __ffsll(static_cast<int64_t>(rest_)) - 1;
-      rest_ &= rest_ - 1;
-      return tile;
-    }
-
-   private:
-    const uint64_t* any_;
-    int word_;
-    uint64_t rest_;
-  };
-
- private:
-  __host__ __device__ static int64_t words_of(const AttentionProblem& p) {
-    return p.keys / (64 * key_tile) + 1;
-  }
-
-  bool masked_;
-  int words_;
-  uint64_t* any_;
-};
-
-/// Shared memory: q, Small, the warps' rings, AttendedTiles.
-template <int D, int slabs>
+/// Shared memory: q, Small, the warps' rings, AttendedTiles. A block has rings of 96 KB where a
+/// multiprocessor has two blocks, twice as much where it has one.
+template <int D, int slabs, bool alone>
 struct Decode {
   static constexpr int rows = 16 * slabs;
-  static constexpr int stages = 384 / D;
+  static constexpr int stages = (alone ? 768 : 384) / D;
   static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
   static constexpr size_t ring_bytes = stages * place_bytes;
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
+  static constexpr size_t sum_bytes = sizeof(float) * warps * rows * sum_step;
 
-  struct Small {
+  struct alignas(128) Small {
+    uint64_t sent;  // a barrier: what the cluster's blocks send this one
     RowWeight weights[warps * rows];
     float biases[warps][stages][most_queries];
   };
@@ -132,22 +59,6 @@ struct Decode {
   }
 };
 
-/// From weights that were scaled to one top to weights scaled to another.
-__device__ __forceinline__ float rescale(float from, float to) {
-  return from == to ? 1 : power_of_2(from - to);
-}
-
-/// The weight of a row of which n parts [n, rows] are known.
-template <int rows>
-__device__ RowWeight merge(const RowWeight* parts, int n, int row) {
-  RowWeight all{-INFINITY, 0};
-  for (int i = 0; i < n; ++i) all.top = fmaxf(all.top, parts[i * rows + row].top);
-  for (int i = 0; i < n; ++i) {
-    all.sum += parts[i * rows + row].sum * rescale(parts[i * rows + row].top, all.top);
-  }
-  return all;
-}
-
 /// Calls f(row, d) for the block's rows, four columns from d on in each thread.
 template <int rows, int D, class F>
 __device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
@@ -155,13 +66,6 @@ __device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
     const int row = x / (D / 4);
     if (queries.has(row)) f(row, x % (D / 4) * 4);
   }
-}
-
-__device__ __forceinline__ void add_scaled(float4& sum, const float4& x, float factor) {
-  sum.x += x.x * factor;
-  sum.y += x.y * factor;
-  sum.z += x.z * factor;
-  sum.w += x.w * factor;
 }
 
 /// Makes weights of a row's scores, and scales what came before to the same top. i: which of a
@@ -194,93 +98,12 @@ __device__ __forceinline__ void weigh(float (&s)[2][4], float (&sums)[columns][4
   }
 }
 
-/// Where the sums of rows go once all keys are in them.
-struct Output {
-  const AttentionProblem& p;
-  const QueryTile& queries;
-  const HeadRows o;
-  float* const lse;
-
-  __device__ void put(int row, int d, const float4& sum, const RowWeight& weight) const {
-    const float inverse = weight.sum > 0 ? 1 / weight.sum : weight.sum;  // an empty row gives 0
-    *reinterpret_cast<uint2*>(queries.at(o, row) + d) =
-        make_uint2(pack(sum.x * inverse, sum.y * inverse), pack(sum.z * inverse, sum.w * inverse));
-    if (d > 0) return;
-    // +infinity makes the backward pass of an empty row exp(-infinity) = 0.
-    lse[queries.index(p, row)] =
-        weight.sum == 0 ? INFINITY : weight.top * (1 / log2_e) + logf(weight.sum);
-  }
-};
-
-/// What splits are scaled by, and the weights they add up to.
-template <int rows>
-struct Merge {
-  float factors[most_splits * rows];  // [splits, rows]
-  RowWeight all[rows];
-
-  /// Lanes share a row. A barrier must follow.
-  __device__ void weigh(int first, int splits) {
-    constexpr int width = attention_threads / rows;
-    const Lanes lanes(width);
-    const int row = static_cast<int>(threadIdx.x) / width;
-    float2 parts[most_splits / width];
-    float top = -INFINITY, sum = 0;
-#pragma unroll
-    for (int x = 0; x < most_splits / width; ++x) {
-      const int i = x * width + lanes.rank;
-      parts[x] = make_float2(-INFINITY, 0);
-      if (i < splits) {
-        parts[x] = __ldcg(reinterpret_cast<const float2*>(split_weights + first + i * rows + row));
-      }
-    }
-    for (const float2& part : parts) top = fmaxf(top, part.x);
-    top = lanes.max(top);
-#pragma unroll
-    for (int x = 0; x < most_splits / width; ++x) {
-      const int i = x * width + lanes.rank;
-      if (i >= splits) break;
-      const float factor = rescale(parts[x].x, top);
-      factors[i * rows + row] = factor;
-      sum += parts[x].y * factor;
-    }
-    sum = lanes.sum(sum);
-    if (lanes.rank == 0) all[row] = {top, sum};
-  }
-};
-
-/// Merges the splits of a group, whose parts begin at `first`, in order.
-template <int D, int rows>
-__device__ void merge_splits(const Output& output, int first, int splits, Merge<rows>& merge) {
-  constexpr int step = attention_threads / (D / 4), own = rows / step;  // rows at a time, and so on
-  constexpr int unroll = 16 / own;  // so many sums are on their way at once
-  merge.weigh(first, splits);
-  __syncthreads();
-  const int row = static_cast<int>(threadIdx.x) / (D / 4);
-  const int d = static_cast<int>(threadIdx.x) % (D / 4) * 4;
-  const float* from = split_sums + (first + row) * D + d;
-  float4 sums[own] = {};
-#pragma unroll unroll
-  for (int i = 0; i < splits; ++i) {
-#pragma unroll
-    for (int x = 0; x < own; ++x) {
-      add_scaled(sums[x], __ldcg(reinterpret_cast<const float4*>(from + (i * rows + x * step) * D)),
-                 merge.factors[i * rows + row + x * step]);
-    }
-  }
-#pragma unroll
-  for (int x = 0; x < own; ++x) {
-    const int at = row + x * step;
-    if (output.queries.has(at)) output.put(at, d, sums[x], merge.all[at]);
-  }
-}
-
 /// Leaves the warps' weights [warps, rows] and, once all threads are here, in the place of rings
 /// their sums [warps, rows, sum_step], scaled alike. A barrier must follow.
-template <int D, int slabs>
-__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
+template <class Shape, int slabs, int columns>
+__device__ __forceinline__ void leave_sums(const float (&sums)[slabs][columns][4],
                                            RowWeight (&weight)[slabs][2], RowWeight* weights,
                                            float* warp_sums) {
-  using Shape = Decode<D, slabs>;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int m = 0; m < slabs; ++m) {
@@ -296,11 +119,11 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[slabs][D / 8][4],
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = 16 * m + 8 * i + lane / 4;
-      const float top = merge<Shape::rows>(weights, warps, row).top;
+      const float top = merge(weights + row, warps, Shape::rows).top;
       const float factor = rescale(weight[m][i].top, top);
       float* to = warp_sums + (warp * Shape::rows + row) * Shape::sum_step + lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
+      for (int j = 0; j < columns; ++j) {
         *reinterpret_cast<float2*>(to + 8 * j) =
             make_float2(sums[m][j][2 * i] * factor, sums[m][j][2 * i + 1] * factor);
       }
@@ -322,19 +145,22 @@ __device__ void count_read(const AttentionProblem& p, const QueryTile& queries,
   }
 }
 
-template <int D, int slabs>
+template <int D, int slabs, bool alone>
 __global__ void __launch_bounds__(attention_threads, 2)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
                   const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
-                  const PackedRows pack, float scale, const ReadSums read) {
-  using Shape = Decode<D, slabs>;
+                  const PackedRows pack, float scale, bool clustered, const ReadSums read) {
+  using Shape = Decode<D, slabs, alone>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
+#ifndef ENTRAIN_HOPPER
+  clustered = false;  // so that no code is made of it
+#endif
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const QueryTile queries(p, pack, static_cast<int>(blockIdx.z) * pack.heads);
 
   char* shared = dynamic_shared();
   const SharedTile<D> q_tile{shared_address(shared)};
-  auto& [weights, biases] = *reinterpret_cast<Shape::Small*>(shared + SharedTile<D>::bytes(rows));
+  auto& small = *reinterpret_cast<typename Shape::Small*>(shared + SharedTile<D>::bytes(rows));
   char* rings = shared + SharedTile<D>::bytes(rows) + sizeof(typename Shape::Small);
   const uint32_t ring = shared_address(rings + warp * Shape::ring_bytes);
   const auto k_tile = [&](int place) {
@@ -345,17 +171,24 @@ __global__ void __launch_bounds__(attention_threads, 2)
                          static_cast<uint32_t>(SharedTile<D>::bytes(warp_keys))};
   };
 
-  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
-  __syncthreads();
-  const int count = tiles.count();
-  const int splits =
-      max(1, min(static_cast<int>(gridDim.y), (count + least_tiles - 1) / least_tiles));
-  const int split = static_cast<int>(blockIdx.y);
-  if (split >= splits) return;
-  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
+  const uint32_t sent = shared_address(&small.sent);
+  const int split = static_cast<int>(blockIdx.y), most = static_cast<int>(gridDim.y);
+  if (clustered && threadIdx.x == 0) {
+    barrier_init(sent, 1);
+    barrier_init_done();
+    barrier_arrive_expecting(sent, ClusterMerge<D, rows>::bytes(queries, split, most));
+  }
+  wait_for_previous();
+  let_next_begin();
 
   queries.copy<rows>(q, q_tile, D, true);
   commit_copies();
+  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
+  __syncthreads();
+  const int count = tiles.count();
+  const int splits = clustered ? most : max(1, min(most, (count + least_tiles - 1) / least_tiles));
+  if (split >= splits) return;
+  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
   const HeadRows k_rows(k, queries.b, queries.r), v_rows(v, queries.b, queries.r);
   const auto fetch = [&](int tile, int place) {
 #pragma unroll 4
@@ -367,13 +200,13 @@ __global__ void __launch_bounds__(attention_threads, 2)
       copy_async<16>(v_tile(place).chunk(row, c), v_rows.at(0, key) + 8 * c, valid);
     }
     if (p.bias && lane < queries.count) {
-      copy_async<4>(shared_address(&biases[warp][place][lane]),
+      copy_async<4>(shared_address(&small.biases[warp][place][lane]),
                     p.bias + (queries.index(p) + lane) * p.bias_blocks + tile, true);
     }
   };
 
   AttendedTiles::Walk ahead(tiles, begin), now = ahead;
-#pragma unroll
+#pragma unroll 1
   for (int place = 0; place < stages - 1; ++place) {
     if (place < share) fetch(ahead.next(), place);
     commit_copies();
@@ -420,7 +253,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
             s[m][j / 2][2 * i + j % 2] = -INFINITY;
           }
         }
-        const float bias = p.bias && on ? biases[warp][place][query] * log2_e : 0;
+        const float bias = p.bias && on ? small.biases[warp][place][query] * log2_e : 0;
         weigh(s[m], sums[m], weight[m][i], i, scale, bias);
       }
     }
@@ -428,9 +261,13 @@ __global__ void __launch_bounds__(attention_threads, 2)
     place = place == stages - 1 ? 0 : place + 1;
   }
 
+  if (clustered) cluster_arrive();  // this warp's ring is free for what others send
   auto* warp_sums = reinterpret_cast<float*>(rings);
-  leave_sums<D, slabs>(sums, weight, weights, warp_sums);
+  auto& cluster = *reinterpret_cast<ClusterMerge<D, rows>*>(rings + Shape::sum_bytes);
+  static_assert(Shape::sum_bytes + sizeof cluster <= warps * Shape::ring_bytes);
+  leave_sums<Shape>(sums, weight, small.weights, warp_sums);
   __syncthreads();
+  if (clustered) cluster_meet();
 
   const Output output{p, queries, queries.heads(o), lse};
   const int group = static_cast<int>(blockIdx.x + blockIdx.z * gridDim.x);
@@ -442,39 +279,74 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const float* from = warp_sums + (w * rows + row) * Shape::sum_step + d;
       add_scaled(sum, *reinterpret_cast<const float4*>(from), 1);
     }
-    if (splits == 1) return output.put(row, d, sum, merge<rows>(weights, warps, row));
+    const RowWeight all = merge(small.weights + row, warps, rows);
+    if (splits == 1) return output.put(row, d, sum, all);
+    if (clustered) return cluster.send(split, splits, row, d, sum, all, sent);
     const int part = first_part + split * rows + row;
     *reinterpret_cast<float4*>(split_sums + part * D + d) = sum;
-    if (d == 0) split_weights[part] = merge<rows>(weights, warps, row);
+    if (d == 0) split_weights[part] = all;
   });
   if (splits == 1) return;
+  if (clustered) {
+    barrier_wait(sent, 0);
+    return cluster.put(output, split, splits);
+  }
 
-  __threadfence();
-  __syncthreads();
-  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(&splits_done[group], 1) ==
-                                                             static_cast<unsigned>(splits) - 1);
-  if (!last) return;
-  __threadfence();
-  if (threadIdx.x == 0) splits_done[group] = 0;
+  if (!last_of_splits(group, splits)) return;
   merge_splits<D, rows>(output, first_part, splits, *reinterpret_cast<Merge<rows>*>(rings));
+}
+
+/// Of so many blocks, those that form a cluster: a power of two, such that the clusters of all
+/// groups run at once. 1 where there are none.
+template <class Kernel>
+int cluster_of(Kernel kernel, const dim3& groups, int64_t blocks, size_t bytes) {
+  if (!on_hopper()) return 1;
+  for (unsigned n = most_of_cluster; n > 1; n /= 2) {
+    if (n > blocks) continue;
+    const LaunchAfter of({groups.x, n, groups.z}, attention_threads, bytes, {1, n, 1});
+    const int at_once = of.clusters_at_once("attention_decode", kernel);
+    if (at_once >= static_cast<int>(groups.x * groups.z)) return static_cast<int>(n);
+  }
+  return 1;
+}
+
+/// Whether a kernel with more shared memory can take the place of another: if all its blocks run at
+/// once nevertheless.
+template <class Kernel>
+bool runs_at_once(Kernel kernel, const dim3& grid, const dim3& cluster, size_t bytes) {
+  if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
+  const auto blocks = static_cast<int>(grid.x * grid.y * grid.z);
+  if (cluster.y == 1) return blocks <= multiprocessors();
+  const LaunchAfter of(grid, attention_threads, bytes, cluster);
+  return of.clusters_at_once("attention_decode", kernel) >= blocks / static_cast<int>(cluster.y);
 }
 
 /// Whether this GPU's shared memory sufficed.
 template <int D, int slabs>
 bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
             const Rows<bf16>& v, const Rows<bf16>& o, float* lse, const ReadSums& sums) {
-  using Shape = Decode<D, slabs>;
-  const size_t bytes = Shape::shared_bytes(p);
+  using Shape = Decode<D, slabs, false>;
+  using Alone = Decode<D, slabs, true>;
+  const size_t bytes = Shape::shared_bytes(p), alone_bytes = Alone::shared_bytes(p);
   if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
   const PackedRows pack(p.g, Shape::rows);
   const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
   const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
-  const int64_t splits =
-      std::max<int64_t>(1, std::min({useful, int64_t{most_splits}, most_blocks / (tiles * parts)}));
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
-                  static_cast<unsigned>(parts));
-  launch("attention_decode", decode_kernel<D, slabs>, grid, attention_threads, bytes, p, q, k, v, o,
-         lse, pack, p.scale() * log2_e, sums);
+  const int64_t splits = std::max<int64_t>(
+      1, std::min({useful, int64_t{most_splits}, most_split_blocks / (tiles * parts)}));
+  dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
+            static_cast<unsigned>(parts));
+  dim3 cluster(1, 1, 1);
+  const auto kernel = decode_kernel<D, slabs, false>, alone = decode_kernel<D, slabs, true>;
+  if (p.mask) cluster.y = cluster_of(kernel, grid, splits, bytes);
+  if (cluster.y > 1) grid.y = cluster.y;
+  const auto start = [&](auto the_kernel, size_t its_bytes) {
+    LaunchAfter(grid, attention_threads, its_bytes, cluster)("attention_decode", the_kernel, p, q,
+                                                             k, v, o, lse, pack, p.scale() * log2_e,
+                                                             cluster.y > 1, sums);
+  };
+  runs_at_once(alone, grid, cluster, alone_bytes) ? start(alone, alone_bytes)
+                                                  : start(kernel, bytes);
   return true;
 }
 

@@ -59,6 +59,16 @@ void by_type(const Tensor& t, F f) {
   }
 }
 
+/// Likewise with that of summaries: f64, or f32 as caches of bf16 models have them.
+template <class F>
+void by_summary_type(const Tensor& t, F f) {
+  if (t.dtype == DType::f32) {
+    f(float{});
+  } else {
+    f(double{});
+  }
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -12,7 +12,7 @@ namespace {
 constexpr int threads = tile_threads, warps = threads / 32;
 
 /// Grid: tiles, those with most candidates first, times kv heads and batch. Also counts what the
-/// router reads.
+/// router reads. Products with summaries of two types take all registers: three words are spilled.
 template <class T>
 __global__ void __launch_bounds__(threads, 2)
     route(const RouteProblem<T> p, double* tau, uint32_t* mask, int64_t half_words, float* bias,
@@ -142,9 +142,9 @@ using namespace cuda;
 template <>
 void Kernels<Device::cuda>::dash_route(Tensor q, Tensor kbar, const DashRouting& routing,
                                        Tensor tau, const BlockSet& blocks, Tensor weights,
-                                       Tensor scratch, Tensor read) const {
+                                       Tensor scratch, Tensor read, bool beside) const {
   if (q.numel() == 0) return;
-  if (route_decode(q, kbar, routing, tau, blocks, weights, read)) return;
+  if (route_decode(q, kbar, routing, tau, blocks, weights, read, beside)) return;
   if (scratch && route_hopper(q, kbar, routing, tau, blocks, weights, scratch, read)) return;
   if (route_bf16(q, kbar, routing, tau, blocks, weights, read)) return;
   const RouteShape s = route_shape(q, kbar, routing, blocks.first);

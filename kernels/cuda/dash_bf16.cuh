@@ -15,10 +15,11 @@ bool route_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routin
 bool route_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing, const Tensor& tau,
                 const BlockSet& blocks, const Tensor& weights, const Tensor& read);
 
-/// Whether it routed: a few queries, on Hopper, as while decoding; route_decode.cu.
+/// Whether it routed: a few queries, on Hopper, as while decoding; route_decode.cu. beside: see
+/// Kernels::dash_route.
 bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                   const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
-                  const Tensor& read);
+                  const Tensor& read, bool beside);
 
 /// The same on Hopper, over any number of candidates; route_hopper_backward.cu. Whether it did.
 /// dbias is written over. scratch: f64 [hopper_route_backward_scratch()].

@@ -68,13 +68,13 @@ __device__ void sum_of_warps(const double (&x)[lane_dims], int D, double* shared
 }
 
 /// Shared: a [chunk], then the warps' sums.
-template <class T>
+template <class T, class K>
 __global__ void __launch_bounds__(threads)
-    summarize(Rows<T> k, const float* s, int chunk, Rows<double> kbar, int64_t H, int64_t N, int D,
+    summarize(Rows<T> k, const float* s, int chunk, Rows<K> kbar, int64_t H, int64_t N, int D,
               int64_t M) {
   extern __shared__ __align__(16) double shared[];
   const int64_t c = blockIdx.x % M, r = blockIdx.x / M % H, b = blockIdx.x / M / H;
-  double* out = kbar.at(b, r, c);
+  K* out = kbar.at(b, r, c);
   if ((c + 1) * chunk > N) {  // a trailing partial chunk has no summary
     for (int d = threadIdx.x; d < D; d += threads) out[d] = 0;
     return;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(threads)
     const double a = shared[t];
     for_lane_dims(D, [&](int x, int d) { sums[x] += a * to_float(keys[t * k.token_step + d]); });
   }
-  sum_of_warps(sums, D, shared + chunk, [&](int d, double sum) { out[d] = sum; });
+  sum_of_warps(sums, D, shared + chunk, [&](int d, double sum) { out[d] = static_cast<K>(sum); });
 }
 
 /// Grid (parts, Hkv): a block takes every parts-th chunk of one kv head and the batch. With
@@ -170,9 +170,11 @@ void Kernels<Device::cuda>::dash_summaries(Tensor k, Tensor s, int64_t chunk, Te
   if (B * H * M == 0 || summarize_bf16(k, s, chunk, kbar)) return;
   const int64_t bytes = summary_bytes(std::min(chunk, N), 1, D);
   by_type(k, [&]<class T>(T) {
-    launch_tiles("summarize", summarize<T>, dim3(static_cast<unsigned>(B * H * M)), bytes,
-                 Rows<T>(k), pointer<float>(s), static_cast<int>(chunk), Rows<double>(kbar), H, N,
-                 static_cast<int>(D), M);
+    by_summary_type(kbar, [&]<class K>(K) {
+      launch_tiles("summarize", summarize<T, K>, dim3(static_cast<unsigned>(B * H * M)), bytes,
+                   Rows<T>(k), pointer<float>(s), static_cast<int>(chunk), Rows<K>(kbar), H, N,
+                   static_cast<int>(D), M);
+    });
   });
 }
 

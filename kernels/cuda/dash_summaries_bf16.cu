@@ -6,10 +6,10 @@
 //
 // A block of 2 D threads takes a chunk of up to 64 tokens. D / 8 lanes share a token, 16 tokens are
 // rows of the block at a time, four times in all: a thread holds what it loads, so keys are read
-// once and are all on their way at the start. kbar is f64, but bf16 keys have 8 digits of their
-// own: sums over a lane's eight dimensions or four tokens are float, those over lanes of a score
-// and over warps double. That leaves errors of 1e-7, and a float's 24 digits are all that routers
-// of bf16 queries take from kbar.
+// once and are all on their way at the start. kbar is f64 or f32, but bf16 keys have 8 digits of
+// their own: sums over a lane's eight dimensions or four tokens are float, those over lanes of a
+// score and over warps double. That leaves errors of 1e-7, and a float's 24 digits are all that
+// routers of bf16 queries take from kbar.
 //
 // The time is that of memory. B 4, Hkv 4, D 64, N 16384: 34 MB of keys, 12 us at 2.8 TB/s, and on
 // the way back 100 MB of k and dk, 36 us. One token a warp and two bytes a lane took 72 and 835 us;
@@ -17,6 +17,7 @@
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_summaries.cuh"
 #include "kernels/cuda/entmax_row.cuh"
+#include "kernels/cuda/launch_after.cuh"
 
 namespace entrain::cuda {
 namespace {
@@ -138,15 +139,17 @@ __device__ __forceinline__ void sum_rows(T (&x)[8], const Place<D>& at, T* share
 }
 
 /// Grid: chunks x kv heads x batch.
-template <int D>
+template <int D, class K>
 __global__ void __launch_bounds__(Place<D>::threads, 1024 / Place<D>::threads)
-    summarize(Rows<bf16> k, const float* s, int chunk, Rows<double> kbar, int H, int N, int M) {
+    summarize(Rows<bf16> k, const float* s, int chunk, Rows<K> kbar, int H, int N, int M) {
   __shared__ double scores[most_tokens];
   __shared__ float sums[Place<D>::warps * D];
   const Place<D> at;
   const int c = static_cast<int>(blockIdx.x) % M, head = static_cast<int>(blockIdx.x) / M;
   const int r = head % H, b = head / H;
-  double* to = kbar.at(b, r, c);
+  K* to = kbar.at(b, r, c);
+  wait_for_previous();
+  let_next_begin();
   if ((c + 1) * chunk > N) {  // a trailing partial chunk has no summary
     for (int d = static_cast<int>(threadIdx.x); d < D; d += Place<D>::threads) to[d] = 0;
     return;
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(Place<D>::threads, 1024 / Place<D>::threads)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i] = fmaf(a[x], key[i], sum[i]);
   }
-  sum_rows(sum, at, sums, [&](int d, double total) { to[d] = total; });
+  sum_rows(sum, at, sums, [&](int d, double total) { to[d] = static_cast<K>(total); });
 }
 
 /// Grid (parts, Hkv): a block takes every parts-th chunk of one kv head and the batch. With
@@ -265,10 +268,12 @@ bool summarize_bf16(const Tensor& k, const Tensor& s, int64_t chunk, const Tenso
   if (!take(k, chunk, k)) return false;
   const auto H = static_cast<int>(k[1]), N = static_cast<int>(k[2]), M = static_cast<int>(kbar[2]);
   by_dim(k[3], [&]<int D>(std::integral_constant<int, D>) {
-    summarize<D><<<static_cast<unsigned>(k[0] * H * M), Place<D>::threads, 0, stream()>>>(
-        Rows<bf16>(k), pointer<float>(s), static_cast<int>(chunk), Rows<double>(kbar), H, N, M);
+    by_summary_type(kbar, [&]<class K>(K) {
+      const LaunchAfter launch(dim3(static_cast<unsigned>(k[0] * H * M)), Place<D>::threads, 0);
+      launch("summarize", summarize<D, K>, Rows<bf16>(k), pointer<float>(s),
+             static_cast<int>(chunk), Rows<K>(kbar), H, N, M);
+    });
   });
-  check_launch("summarize");
   return true;
 }
 

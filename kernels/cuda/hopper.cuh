@@ -143,44 +143,39 @@ __device__ __forceinline__ bool warpgroup_any(int barrier, bool x) {
 }
 
 // Clusters: blocks that run at the same time and reach each other's shared memory.
-/// All threads of the cluster meet, and see what each has written.
-__device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-}
-/// The cluster's first meeting in two parts, with no word of what threads wrote before: a block
-/// must have begun before others reach into it.
-__device__ __forceinline__ void cluster_begin() {
+/// The cluster's meeting in two parts, with no word of what threads wrote before: a block must have
+/// begun, and be done with what others are to write, before they reach into it.
+__device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
-__device__ __forceinline__ void cluster_has_begun() {
+__device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.wait;" ::: "memory");
 }
-/// Where the block of a rank has what this one has at p.
-template <class T>
-__device__ __forceinline__ T* in_block(T* p, uint32_t rank) {
-  T* there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
-  return there;
+/// Writes 8 or 16 bytes to where the block of a rank has what this one has at `to`; they arrive at
+/// its barrier likewise. It takes no fence: who waits for the barrier sees them.
+__device__ __forceinline__ void send(float2* to, float2 x, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, at;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 at, %1, %4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%2, %3}, [at];\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(barrier), "f"(x.x), "f"(x.y), "r"(rank)
+      : "memory");
 }
-
-/// Starts a kernel whose blocks form clusters of so many, which the grid is a multiple of.
-template <class... P, class... A>
-void launch_clusters(const char* name, void (*kernel)(P...), int cluster, dim3 grid, int threads,
-                     size_t shared, const A&... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared)),
-        name);
-  cudaLaunchAttribute blocks{};
-  blocks.id = cudaLaunchAttributeClusterDimension;
-  blocks.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream();
-  config.attrs = &blocks;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+__device__ __forceinline__ void send(float4* to, const float4& x, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there, at;\n"
+      "mapa.shared::cluster.u32 there, %0, %6;\n"
+      "mapa.shared::cluster.u32 at, %1, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, "
+      "%5}, "
+      "[at];\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(barrier), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(rank)
+      : "memory");
 }
 
 /// Sets this warpgroup's registers per thread, which the kernel's launch bounds must allow for.

@@ -66,7 +66,7 @@ struct Bf16RouteProblem {
   int64_t first;              // the token that the first query is
   bool packed;                // rows of q consist of 16 bytes
   Rows<bf16> q;
-  Rows<double> kbar;
+  SummaryRows kbar;
 };
 
 /// What routing writes, see Kernels::dash_route.
@@ -131,7 +131,7 @@ struct Bf16RouteTile {
     if (threadIdx.x == 0) *live = 0;
     p.packed ? load_queries<8>() : load_queries<1>();
     __syncthreads();
-    score<row_tiles>();
+    p.kbar.at(b, r, p.routing.init_blocks, [&](const auto* kbar) { score<row_tiles>(kbar); });
     __syncthreads();
   }
 
@@ -199,14 +199,14 @@ struct Bf16RouteTile {
 
   /// z = (alpha - 1) scale q . kbar: a warp takes eight columns of all rows, so that a block splits
   /// each summary once. The next 16 dimensions of summaries are on their way meanwhile.
-  template <int row_tiles>
-  __device__ void score() {
+  template <int row_tiles, class K>
+  __device__ void score(const K* kbar) {
     const Bf16RouteShape& s = p.shape;
     const int x = lane() / 4, t = lane() % 4, tiles = s.rows / 16;
     const float factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
     const uint32_t a_at = shared_address(q + lane() % 16 * s.q_step + lane() / 16 * 8);
     for (int c0 = 8 * warp(); c0 < width; c0 += 8 * bf16_warps) {
-      const double* key = kbar() + (c0 + x) * p.kbar.token_step + 2 * t;
+      const K* key = kbar + (c0 + x) * p.kbar.token_step + 2 * t;
       auto load_keys = [&](double(&to)[2][2], int d) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -282,7 +282,7 @@ inline Bf16RouteProblem bf16_route_problem(const Bf16RouteShape& s, const Tensor
           first,
           packed,
           Rows<bf16>(q),
-          Rows<double>(kbar)};
+          SummaryRows(kbar)};
 }
 
 }  // namespace entrain::cuda

@@ -2,26 +2,29 @@
 // gives a block of threads all chunks of a tile of queries, eight blocks, a cluster, share them.
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
-//   kbar [M, D] f64 -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
+//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
 //   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
 //   w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
-// time, and those of the next 8 are on their way to registers while it is at these: 64 KB to a
-// block. Where D is 128 that takes all registers, and a few words needed later are spilled. Blocks
-// write into each other's memory and read their own alone, so that three meetings of the cluster do
-// and the last one lets them go.
+// time, and those of later ones are on their way to registers while it is at these: 64 KB to a
+// block. Where there are more than 16 rows of 128 dimensions that takes all registers, and a few
+// words needed later are spilled. Blocks send each other what they need, to barriers that count
+// bytes: they never meet again once all have begun, and each may leave when it has got everything.
 //
-// The time is that of reading the summaries once. Hkv 2, D 128, 1536 chunks: 1.6 MB a kv head, at
-// batch 8 25 MB, 9 us at 2.8 TB/s; to start, 3 us; thresholds, 2 of 16 rows a block, two passes
-// over 1536 entries and about eight over those near the top, 3 us; meetings, each with a fence of
-// half a microsecond, weights and outputs, 5 us. With Newton's steps over whole rows, scores
-// fetched by those who need them and five meetings it took 27.5 us. Batch 1: 16 blocks, three
-// rounds of summaries, 3 us in place of 9.
+// It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
+// the host, before that kernel's results are there.
+//
+// The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
+// 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
+// and scores, 1.5 us; thresholds, 2 of 16 rows a block, two passes over 1536 entries and about
+// eight over those near the top, 2 us; weights and outputs, 1 us; three times a third of a
+// microsecond to send. With f64 summaries, Newton's steps over whole rows and five meetings, each
+// with a fence of half a microsecond, it took 27.5 us. Batch 1: 16 blocks, 1 us in place of 5.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
-#include "kernels/cuda/hopper.cuh"
+#include "kernels/cuda/launch_after.cuh"
 
 namespace entrain::cuda {
 namespace {
@@ -33,7 +36,8 @@ constexpr int most_rows = 64;
 constexpr int64_t most_queries = 8;
 
 /// What a block knows of its rows.
-struct Small {
+struct alignas(16) Small {
+  uint64_t scores_sent, thresholds_sent, sums_sent;  // barriers: what all blocks send this one
   double alpha;
   float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
   float2 thresholds[most_rows];  // top and tau, from all blocks
@@ -42,17 +46,20 @@ struct Small {
 
 /// Shared memory: q, Small, z [rows, z_step], whole [own_rows, width] scores of all blocks, sums
 /// [queries, cluster, pieces] of all blocks.
+template <class K>
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
   int g, heads;       // heads: kv heads of the batch
   int queries, rows;  // of a tile; rows are a multiple of 16
   int begin, end;     // candidates of the last query
+  bool early;         // all summaries of them are older than the kernel before, and
+  bool beside;        // so are the queries
   int scored;         // pieces of a block that may have candidates
   int pieces;         // of a block, in all
   DashRouting routing;
   const double* alpha_gamma;  // as the GPU reads them
   Rows<bf16> q;
-  Rows<double> kbar;
+  Rows<K> kbar;
 
   __host__ __device__ int z_step() const { return piece * scored + 8; }  // rows: different banks
   __host__ __device__ int own_rows() const { return rows / cluster; }
@@ -95,11 +102,12 @@ __device__ int keep_above(float* row, int n, float top, float least) {
   return kept * width;
 }
 
-/// A tile of queries of one kv head, as one block of the cluster sees it.
-template <int D>
+/// A tile of queries of one kv head, 16 row_tiles rows at most, as one block of the cluster sees
+/// it.
+template <int D, class K, int row_tiles>
 class DecodeTile {
  public:
-  __device__ DecodeTile(const RouteDecode& p, char* shared)
+  __device__ DecodeTile(const RouteDecode<K>& p, char* shared)
       : p_(p),
         rank_(static_cast<int>(blockIdx.x) % cluster),
         q_{shared_address(shared)},
@@ -119,71 +127,56 @@ class DecodeTile {
   /// Scores of the block's chunks; those of a row go to the block whose threshold it is to find
   /// too.
   __device__ void score() {
-    cluster_begin();
     double alpha = 0, gamma = 0;
     if (threadIdx.x == 0) {
       alpha = p_.alpha_gamma[0];
       gamma = p_.alpha_gamma[1];
+      expect(scores_sent(), p_.own_rows() * p_.width() * static_cast<int>(sizeof(float)));
+      expect(thresholds_sent(), p_.rows * static_cast<int>(sizeof(float2)));
+      expect(sums_sent(), count_ * cluster * p_.pieces * static_cast<int>(sizeof(float2)));
+      barrier_init_done();
     }
-    Summaries next;
-    load_summaries(next, warp());  // before all else, with alpha and gamma: what takes longest
+    cluster_arrive();
+    // Before all else, with alpha and gamma: what takes longest.
+    if (!p_.early) wait_for_previous();
+    Summaries next[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) load_summaries(next[i], warp() + i * warps);
+    if (!p_.beside) wait_for_previous();
     load_queries();
     if (threadIdx.x == 0) {
       const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
       small_.alpha = alpha;
       small_.factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
     }
-    float* const owner = in_block(whole_, lane() / 4);
     wait_copies();
     __syncthreads();
-    cluster_has_begun();
-    const float factor = small_.factor;
-    for (int eight = warp(); eight < piece / 8 * p_.scored; eight += warps) {
-      float sum[row_tiles][4] = {};
+    cluster_meet();
+    for (int eight = warp(); eight < eights(); eight += ahead * warps) {
 #pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        uint32_t parts[3][2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          split_in_three(static_cast<float>(next[step][i].x), static_cast<float>(next[step][i].y),
-                         parts[2][i], parts[1][i], parts[0][i]);
-        }
-        load_summaries(next, eight + warps, step);
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) {
-          if (16 * m >= p_.rows) break;
-          Fragment a;
-          q_.left(a, 16 * m, step);
-#pragma unroll
-          for (int part = 0; part < 3; ++part) mma(sum[m], a, parts[part][0], parts[part][1]);
-        }
-      }
-      const int at = 8 * eight + lane() % 4 * 2, c = chunk_at(at);
-#pragma unroll
-      for (int i = 0; i < 2 * row_tiles; ++i) {
-        if (8 * i >= p_.rows) break;
-        const int row = 8 * i + lane() / 4, end = small_.end[row];
-        const float* pair = sum[i / 2] + i % 2 * 2;
-        const float2 scores =
-            make_float2(c >= p_.begin && c < end ? factor * pair[0] : -INFINITY,
-                        c + 1 >= p_.begin && c + 1 < end ? factor * pair[1] : -INFINITY);
-        *reinterpret_cast<float2*>(z(row) + at) = scores;
-        *reinterpret_cast<float2*>(owner + i * p_.width() + c) = scores;
+      for (int i = 0; i < ahead; ++i) {
+        if (eight + i * warps < eights()) score(next[i], eight + i * warps);
       }
     }
+    __syncthreads();
+    wait_for_previous();  // what follows writes where earlier kernels may still read
+    let_next_begin();
   }
 
   /// Of the rows that are this block's, every eighth; they go to all blocks.
   template <class Entmax>
   __device__ void find_thresholds(const Entmax& entmax, double* tau) {
     if (warp() >= p_.own_rows()) return;
+    barrier_wait(scores_sent(), 0);
     float* scores = whole_ + warp() * p_.width();
     const int row = warp() * cluster + rank_, end = small_.end[row];
     const int n = end > p_.begin ? end : 0;
     const float top = row_top<32>(scores, n);
     const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
     const float t = entmax.template threshold<32>(scores, keep_above<32>(scores, n, top, least));
-    if (lane() < cluster) *in_block(small_.thresholds + row, lane()) = make_float2(top, t);
+    if (lane() < cluster) {
+      send(small_.thresholds + row, make_float2(top, t), thresholds_sent(), lane());
+    }
     const int i = row / p_.g;
     if (lane() > 0 || i >= count_) return;
     tau[(b_ * p_.Hq + r_ * p_.g + row % p_.g) * p_.N + first_ + i] = n > 0 ? t : 0;
@@ -193,6 +186,7 @@ class DecodeTile {
   template <class Entmax>
   __device__ void weigh(const Entmax& entmax, float* weights) {
     const auto eps = static_cast<float>(p_.routing.prior_eps);
+    barrier_wait(thresholds_sent(), 0);
     for_pieces([&](int i, int x, int c) {
       const int at = x * piece + lane(), row = i * p_.g;
       const bool candidate = c >= p_.begin && c < small_.end[row];
@@ -212,14 +206,16 @@ class DecodeTile {
       const float sum = warp_sum(l);
       const int support = __popc(__ballot_sync(0xffffffffu, routed));
       if (lane() < cluster) {
-        *in_block(sums_ + (i * cluster + rank_) * p_.pieces + x, lane()) =
-            make_float2(sum, static_cast<float>(support));
+        send(sums_ + (i * cluster + rank_) * p_.pieces + x,
+             make_float2(sum, static_cast<float>(support)), sums_sent(), lane());
       }
     });
   }
 
-  /// Mask and bias, once all blocks have weighed.
+  /// Mask and bias. Nothing is on its way to this block afterwards, which may leave.
   __device__ void put(const RouteOutput& out) const {
+    barrier_wait(scores_sent(), 0);
+    barrier_wait(sums_sent(), 0);
     const auto init = static_cast<int>(p_.routing.init_blocks);
     const auto local = static_cast<int>(p_.routing.local_blocks);
     const auto share = static_cast<float>(1 / p_.routing.sigma);
@@ -247,14 +243,34 @@ class DecodeTile {
   }
 
  private:
-  static constexpr int warps = threads / 32, row_tiles = most_rows / 16;
-  using Summaries = double2[D / 16][2];  // of 8 chunks, pairs as the right operands of products
+  static constexpr int warps = threads / 32;
+  static constexpr int chains = row_tiles == 1 ? 3 : 1;  // of products, each waiting for the last
+  using Summaries = Pack<K, 2>[D / 16][2];          // of 8 chunks: the right operands of products
+  static constexpr int ahead = 16 / sizeof(K) / 2;  // so many of them are on their way
 
   __device__ static int warp() {
     return static_cast<int>(threadIdx.x) / 32;
   }
   __device__ static int lane() {
     return static_cast<int>(threadIdx.x) % 32;
+  }
+  __device__ uint32_t scores_sent() const {
+    return shared_address(&small_.scores_sent);
+  }
+  __device__ uint32_t thresholds_sent() const {
+    return shared_address(&small_.thresholds_sent);
+  }
+  __device__ uint32_t sums_sent() const {
+    return shared_address(&small_.sums_sent);
+  }
+  /// Makes a barrier of what is to come.
+  __device__ static void expect(uint32_t barrier, int bytes) {
+    barrier_init(barrier, 1);
+    barrier_arrive_expecting(barrier, bytes);
+  }
+  /// Of this block's chunks, those with candidates.
+  __device__ int eights() const {
+    return piece / 8 * p_.scored;
   }
   __device__ float* z(int row) const {
     return z_ + row * p_.z_step();
@@ -285,16 +301,60 @@ class DecodeTile {
       small_.end[row] = i < count_ && n > 0 ? p_.begin + n : 0;
     }
   }
+  /// Scores of eight chunks, whose summaries make room for later ones.
+  __device__ void score(Summaries& next, int eight) {
+    float sums[row_tiles][chains][4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      uint32_t parts[3][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        split_in_three(static_cast<float>(next[step][i].at[0]),
+                       static_cast<float>(next[step][i].at[1]), parts[2][i], parts[1][i],
+                       parts[0][i]);
+      }
+      load_summaries(next, eight + ahead * warps, step);
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m) {
+        if (16 * m >= p_.rows) break;
+        Fragment a;
+        q_.left(a, 16 * m, step);
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+          mma(sums[m][part % chains], a, parts[part][0], parts[part][1]);
+        }
+      }
+    }
+    const int at = 8 * eight + lane() % 4 * 2, c = chunk_at(at);
+#pragma unroll
+    for (int i = 0; i < 2 * row_tiles; ++i) {
+      if (8 * i >= p_.rows) break;
+      const int row = 8 * i + lane() / 4, end = small_.end[row];
+      float pair[2] = {};
+#pragma unroll
+      for (const float(&sum)[4] : sums[i / 2]) {
+        pair[0] += sum[i % 2 * 2];
+        pair[1] += sum[i % 2 * 2 + 1];
+      }
+      const float2 scores =
+          make_float2(c >= p_.begin && c < end ? small_.factor * pair[0] : -INFINITY,
+                      c + 1 >= p_.begin && c + 1 < end ? small_.factor * pair[1] : -INFINITY);
+      *reinterpret_cast<float2*>(z(row) + at) = scores;
+      send(reinterpret_cast<float2*>(whole_ + i * p_.width() + c), scores, scores_sent(),
+           lane() / 4);
+    }
+  }
+
   /// The step's dimensions of the eight chunks; zeros after the last candidate.
   __device__ void load_summaries(Summaries& to, int eight, int step) const {
     const int c = chunk_at(8 * eight + lane() / 4);
-    const bool is = eight < piece / 8 * p_.scored && c < p_.end;
+    const bool is = eight < eights() && c < p_.end;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      to[step][i] = make_double2(0, 0);
+      to[step][i] = {};
       if (is) {
-        to[step][i] = *reinterpret_cast<const double2*>(p_.kbar.at(b_, r_, c) + 16 * step + 8 * i +
-                                                        lane() % 4 * 2);
+        to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(p_.kbar.at(b_, r_, c) + 16 * step +
+                                                           8 * i + lane() % 4 * 2);
       }
     }
   }
@@ -325,7 +385,7 @@ class DecodeTile {
     return p_.routing.center && support > 0 ? sum / support : 0;
   }
 
-  const RouteDecode& p_;
+  const RouteDecode<K>& p_;
   const int rank_;
   const SharedTile<D> q_;
   Small& small_;
@@ -335,29 +395,66 @@ class DecodeTile {
   int count_;          // queries
 };
 
-template <int D>
+template <int D, class K, int row_tiles>
 __global__ void __launch_bounds__(threads, 2)
-    route_kernel(const __grid_constant__ RouteDecode p, const RouteOutput out) {
+    route_kernel(const __grid_constant__ RouteDecode<K> p, const RouteOutput out) {
 #ifdef ENTRAIN_HOPPER
-  DecodeTile<D> tile(p, dynamic_shared());
+  DecodeTile<D, K, row_tiles> tile(p, dynamic_shared());
   tile.score();
-  cluster_meet();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
-    cluster_meet();
     tile.weigh(entmax, out.weights);
   });
-  cluster_meet();  // from here on blocks are on their own, and may leave
   tile.put(out);
   if (out.read) tile.count_reads(out.read);
 #endif
+}
+
+/// Whether this GPU's shared memory sufficed.
+template <class K>
+bool route(const RouteShape& s, const Tensor& q, const Tensor& kbar, const DashRouting& routing,
+           int64_t first, bool beside, const RouteOutput& out) {
+  const auto whole = [](int64_t n) { return static_cast<int>(n); };
+  const int queries = whole(std::min<int64_t>(s.N, most_rows / s.g));
+  const int begin = whole(routing.init_blocks), end = s.width > 0 ? begin + s.width : 0;
+  const bool early = end <= first / routing.chunk;
+  const RouteDecode<K> p{s.Hq,
+                         s.Hkv,
+                         s.N,
+                         s.M,
+                         first,
+                         s.g,
+                         whole(s.B * s.Hkv),
+                         queries,
+                         whole(ceil_div(queries * s.g, 16) * 16),
+                         begin,
+                         end,
+                         early,
+                         early && beside,
+                         whole(ceil_div(end, cluster * piece)),
+                         whole(ceil_div(std::max(s.M, piece * out.half_words), cluster * piece)),
+                         routing,
+                         in_place(routing.alpha_gamma, 2),
+                         Rows<bf16>(q),
+                         Rows<K>(kbar)};
+  const int64_t bytes = p.bytes(s.D);
+  if (bytes > SharedMemory::of_device().most) return false;
+  const LaunchAfter launch(dim3(static_cast<unsigned>(cluster * p.tiles() * p.heads)), threads,
+                           static_cast<size_t>(bytes), {cluster, 1, 1});
+  const auto run = [&]<int row_tiles>(std::integral_constant<int, row_tiles>) {
+    s.D == 64 ? launch("route_decode", route_kernel<64, K, row_tiles>, p, out)
+              : launch("route_decode", route_kernel<128, K, row_tiles>, p, out);
+  };
+  p.rows == 16 ? run(std::integral_constant<int, 1>{})
+               : run(std::integral_constant<int, most_rows / 16>{});
+  return true;
 }
 
 }  // namespace
 
 bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                   const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
-                  const Tensor& read) {
+                  const Tensor& read, bool beside) {
   const RouteShape s = route_shape_of(q, kbar, routing, blocks.first);
   bool wide = false;
   by_pack<bf16>({q}, [&](auto elements) { wide = elements > 1; });
@@ -366,35 +463,10 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
     return false;
   }
   const RouteOutput out(tau, blocks, weights, read);
-  const auto whole = [](int64_t n) { return static_cast<int>(n); };
-  const int queries = whole(std::min<int64_t>(s.N, most_rows / s.g));
-  const int begin = whole(routing.init_blocks), end = s.width > 0 ? begin + s.width : 0;
-  const RouteDecode p{s.Hq,
-                      s.Hkv,
-                      s.N,
-                      s.M,
-                      blocks.first,
-                      s.g,
-                      whole(s.B * s.Hkv),
-                      queries,
-                      whole(ceil_div(queries * s.g, 16) * 16),
-                      begin,
-                      end,
-                      whole(ceil_div(end, cluster * piece)),
-                      whole(ceil_div(std::max(s.M, piece * out.half_words), cluster * piece)),
-                      routing,
-                      in_place(routing.alpha_gamma, 2),
-                      Rows<bf16>(q),
-                      Rows<double>(kbar)};
-  const int64_t bytes = p.bytes(s.D);
-  if (bytes > SharedMemory::of_device().most) return false;
-  const dim3 grid(static_cast<unsigned>(cluster * p.tiles() * p.heads));
-  const auto run = [&](auto kernel) {
-    launch_clusters("route_decode", kernel, cluster, grid, threads, static_cast<size_t>(bytes), p,
-                    out);
-  };
-  s.D == 64 ? run(route_kernel<64>) : run(route_kernel<128>);
-  return true;
+  bool routed = false;
+  by_summary_type(
+      kbar, [&]<class K>(K) { routed = route<K>(s, q, kbar, routing, blocks.first, beside, out); });
+  return routed;
 }
 
 }  // namespace entrain::cuda

@@ -36,6 +36,35 @@ struct RouteShape {
   __host__ __device__ int64_t tiles() const { return (N + queries - 1) / queries; }
 };
 
+/// Summaries [B, Hkv, M, D]: f64, or f32 as caches of bf16 models have them.
+struct SummaryRows {
+  const void* data;
+  bool narrow;  // f32
+  int64_t batch_step, head_step, token_step;
+
+  __host__ explicit SummaryRows(const Tensor& kbar) : SummaryRows(kbar, kbar.dtype == DType::f32) {}
+
+  /// Calls f with where a row is.
+  template <class F>
+  __device__ void at(int64_t b, int64_t h, int64_t c, F f) const {
+    const int64_t offset = b * batch_step + h * head_step + c * token_step;
+    narrow ? f(static_cast<const float*>(data) + offset)
+           : f(static_cast<const double*>(data) + offset);
+  }
+  /// Where it is known that they are f64.
+  __device__ const double* at(int64_t b, int64_t h, int64_t c) const {
+    return static_cast<const double*>(data) + b * batch_step + h * head_step + c * token_step;
+  }
+
+ private:
+  __host__ SummaryRows(const Tensor& kbar, bool narrow)
+      : data(narrow ? static_cast<const void*>(pointer<float>(kbar)) : pointer<double>(kbar)),
+        narrow(narrow),
+        batch_step(kbar.stride[0]),
+        head_step(kbar.stride[1]),
+        token_step(kbar.stride[2]) {}
+};
+
 template <class T>
 struct RouteProblem {
   RouteShape shape;
@@ -43,7 +72,7 @@ struct RouteProblem {
   const double* alpha_gamma;  // on the GPU
   int64_t first;              // the token that the first query is
   Rows<T> q;
-  Rows<double> kbar;
+  SummaryRows kbar;
 };
 
 /// The chunks that a query in chunk `own` routes over: so many after the first init_blocks, all
@@ -102,7 +131,9 @@ struct RouteTile {
     load_queries(p.q.at(b, r * s.g, first), p.q.head_step, p.q.token_step, count, s.g, s.D, scale,
                  q);
     __syncthreads();
-    score(q, rows(), s.D, kbar(), p.kbar.token_step, width, z, s.z_step);
+    p.kbar.at(b, r, p.routing.init_blocks, [&](const auto* kbar) {
+      score(q, rows(), s.D, kbar, p.kbar.token_step, width, z, s.z_step);
+    });
     __syncthreads();
   }
 
@@ -239,7 +270,7 @@ inline RouteShape route_shape(const Tensor& q, const Tensor& kbar, const DashRou
 template <class T>
 RouteProblem<T> route_problem(const RouteShape& s, const Tensor& q, const Tensor& kbar,
                               const DashRouting& routing, int64_t first) {
-  return {s, routing, on_device(routing.alpha_gamma, 2), first, Rows<T>(q), Rows<double>(kbar)};
+  return {s, routing, on_device(routing.alpha_gamma, 2), first, Rows<T>(q), SummaryRows(kbar)};
 }
 
 }  // namespace entrain::cuda

@@ -92,7 +92,7 @@ void Kernels<Device::cuda>::dash_summaries_backward(Tensor, Tensor, int64_t, Ten
 }
 template <>
 void Kernels<Device::cuda>::dash_route(Tensor, Tensor, const DashRouting&, Tensor, const BlockSet&,
-                                       Tensor, Tensor, Tensor) const {
+                                       Tensor, Tensor, Tensor, bool) const {
   refuse();
 }
 template <>

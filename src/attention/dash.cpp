@@ -41,9 +41,10 @@ class DashAttention : public AttentionMethod {
   double* alpha() override { return knobs_.host().ptr<double>(); }
   double* gamma() override { return knobs_.host().ptr<double>() + 1; }
 
-  /// The summaries of complete chunks.
-  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType) const override {
-    return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, DType::f64}};
+  /// The summaries of complete chunks. bf16 models read no more of them than f32 holds.
+  std::vector<CacheSpec> cache(const HeadShape& s, int64_t tokens, DType real) const override {
+    const DType dtype = real == DType::bf16 ? DType::f32 : DType::f64;
+    return {{{1, s.n_kv_head, chunks_in(tokens, routing_.chunk), s.head_dim}, dtype}};
   }
 
   Tensor record(Tape& tape, const AttentionInput& in, Var o) const override {
@@ -78,13 +79,15 @@ class DashAttention : public AttentionMethod {
         [=, read = in.read, entropy = in.entropy](auto kernels) {
           const int64_t c = queries.begin() / routing.chunk;  // earlier chunks have their summary
           const int64_t token = c * routing.chunk;
-          if (!queries.decoding() || queries.end() / routing.chunk > c) {  // one is complete now
+          const bool complete = !queries.decoding() || queries.end() / routing.chunk > c;
+          const bool routed_over = (queries.end() - 1) / routing.chunk > c;  // by queries after it
+          if (complete) {
             kernels.dash_summaries(k.value.slice(2, token, queries.end() - token), summary.value,
                                    routing.chunk,
                                    kbar.slice(2, c, chunks_in(queries.end(), routing.chunk) - c));
           }
           kernels.dash_route(q.value, kbar, routing, tau, queries.attend(blocks), {}, route_scratch,
-                             read);
+                             read, complete && !routed_over);
           if (entropy) kernels.dash_entropy(q.value, kbar, routing, tau, entropy);
         },
         [=](auto kernels) {  // adds to what attention left in q's and k's gradients

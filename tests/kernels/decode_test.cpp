@@ -174,8 +174,11 @@ TEST(Decode, EqualInputsGiveEqualBits) {
 TEST(Decode, WhatIsNotANumberShowsInItsRows) {
   NEEDS_GPU();
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  const Case c{.Hkv = 1, .g = 2, .N = 2, .tokens = 3000};
-  for (const bool in_query : {true, false}) {
+  for (const auto& [masks, in_query] : {std::pair{Masks::absent, true},
+                                        {Masks::absent, false},
+                                        {Masks::full, true},
+                                        {Masks::full, false}}) {
+    const Case c{.Hkv = 1, .g = 2, .N = 2, .tokens = 3000, .masks = masks};
     Decoding d(c);
     if (in_query) {
       d.q.cpu.ptr<double>()[(c.g + 1) * c.D + 5] = nan;  // of head 1, query 1
@@ -204,7 +207,8 @@ struct RouteCase {
 };
 
 // Every exponent, groups that fill a tile and that do not, more queries than a tile takes, chunks
-// of fewer pieces than blocks of a cluster and of many, no candidates at all.
+// of fewer pieces than blocks of a cluster and of many, no candidates at all; more queries than are
+// decoded, as in prompts.
 const RouteCase route_cases[] = {
     {1, 2, 2, 1, 64, {.chunk = 8}, 1.5, 2, 171},
     {2, 2, 16, 1, 128, {.chunk = 16, .sigma = 2, .prior_eps = 1e-2}, 1.5, 4, 5000, 7},
@@ -237,20 +241,24 @@ const RouteCase route_cases[] = {
     {1, 2, 2, 1, 64, {.chunk = 64}, 1.5, 2, 0},
     {1, 2, 2, 5, 64, {.chunk = 64, .init_blocks = 20}, 1.5, 2, 300},
     {1, 1, 1, 8, 128, {.chunk = 1, .sigma = 1, .prior_eps = 1e-2, .local_blocks = 0}, 1.5, 3, 1500},
+    {2, 2, 2, 40, 64, {.chunk = 8, .prior_eps = 1e-2}, 1.5, 2, 200},
+    {1, 1, 2, 9, 64, {.chunk = 1, .prior_eps = 1e-2}, 1.5, 3, 700},
 };
 
 struct Routed {
-  explicit Routed(const RouteCase& c)
+  explicit Routed(const RouteCase& c, DType summaries = DType::f32)
       : c(c),
         M((c.first + c.N + c.routing.chunk - 1) / c.routing.chunk + c.room),
         q(Twin::normal({c.B, c.N, c.Hkv * c.g * c.D}, DType::bf16, 1)),
-        kbar(Twin::normal({c.B, c.Hkv, M, c.D}, DType::f64, 2, 0.7)),
+        kbar(Twin::normal({c.B, c.Hkv, M, c.D}, summaries, 2, 0.7)),
         tau({c.B, c.Hkv * c.g, c.N}, DType::f64),
         mask({c.B, c.Hkv, c.N, (M + 63) / 64}, DType::u64),
         bias({c.B, c.Hkv, c.N, M}, DType::f32),
         weights({c.B, c.Hkv, c.N, M}, DType::f32),
         read({c.Hkv, read_fields}, DType::f64) {
-    routing.alpha_gamma = alpha_gamma;
+    routing.alpha_gamma = alpha_gamma.host().ptr<double>();
+    alpha_gamma.host().ptr<double>()[0] = c.alpha;
+    alpha_gamma.host().ptr<double>()[1] = c.gamma;
   }
   Routed(const Routed&) = delete;
 
@@ -258,8 +266,9 @@ struct Routed {
   void run_on_cpu() { run(on_cpu, &Twin::cpu); }
 
   const RouteCase c;
-  double alpha_gamma[2] = {c.alpha, c.gamma};
+  Pinned alpha_gamma{{2}, DType::f64};
   DashRouting routing = c.routing;
+  bool beside = false;
   int64_t M;
   Twin q, kbar, tau, mask, bias, weights, read;
 
@@ -269,7 +278,7 @@ struct Routed {
     kernels.dash_route(
         heads(q.*side, 0, c.Hkv * c.g, c.D), kbar.*side, routing, tau.*side,
         {.block = routing.chunk, .mask = mask.*side, .bias = bias.*side, .first = c.first},
-        weights.*side, {}, read.*side);
+        weights.*side, {}, read.*side, beside);
   }
 };
 
@@ -285,25 +294,57 @@ double error_of_doubles(Twin& twin) {
   return std::sqrt(norm > 0 ? difference / norm : difference);
 }
 
+void expect_routed(Routed& r) {
+  r.run_on_gpu();
+  r.run_on_cpu();
+  const Tensor mask = r.mask.fetch();
+  int64_t flips = 0, on = 0;
+  for (int64_t i = 0; i < mask.numel(); ++i) {
+    const uint64_t should = r.mask.cpu.ptr<uint64_t>()[i];
+    flips += std::popcount(mask.ptr<uint64_t>()[i] ^ should);
+    on += std::popcount(should);
+  }
+  EXPECT_LE(flips, on / 200);  // scores in float
+  EXPECT_LT(error_of_doubles(r.tau), 1e-5);
+  EXPECT_LT(r.weights.error(), 1e-4);
+  EXPECT_LT(r.bias.error(), 1e-2);
+  EXPECT_EQ(std::memcmp(r.read.fetch().data, r.read.cpu.data, r.read.cpu.bytes()), 0);
+}
+
 TEST(Decode, RoutesAsTheCpuDoes) {
   NEEDS_GPU();
-  for (const RouteCase& c : route_cases) {
-    SCOPED_TRACE(std::to_string(&c - route_cases));
-    Routed r(c);
-    r.run_on_gpu();
-    r.run_on_cpu();
-    const Tensor mask = r.mask.fetch();
-    int64_t flips = 0, on = 0;
-    for (int64_t i = 0; i < mask.numel(); ++i) {
-      const uint64_t should = r.mask.cpu.ptr<uint64_t>()[i];
-      flips += std::popcount(mask.ptr<uint64_t>()[i] ^ should);
-      on += std::popcount(should);
+  for (const DType summaries : {DType::f32, DType::f64}) {
+    for (const RouteCase& c : route_cases) {
+      SCOPED_TRACE(std::to_string(&c - route_cases));
+      Routed r(c, summaries);
+      expect_routed(r);
     }
-    EXPECT_LE(flips, on / 200);  // scores in float
-    EXPECT_LT(error_of_doubles(r.tau), 1e-5);
-    EXPECT_LT(r.weights.error(), 1e-4);
-    EXPECT_LT(r.bias.error(), 1e-2);
-    EXPECT_EQ(std::memcmp(r.read.fetch().data, r.read.cpu.data, r.read.cpu.bytes()), 0);
+  }
+}
+
+// As in steps that complete chunks, which queries of the same step route over or do not.
+TEST(Decode, RoutesOverWhatTheKernelBeforeSummarizes) {
+  NEEDS_GPU();
+  for (const bool beside : {false, true}) {
+    const int64_t N = beside ? 1 : 8, chunks = beside ? 1 : 2;
+    Routed r({.B = 2,
+              .Hkv = 2,
+              .g = 4,
+              .N = N,
+              .D = 128,
+              .routing = {.chunk = 4, .prior_eps = 1e-2},
+              .alpha = 1.5,
+              .gamma = 2,
+              .first = 2000 + 4 * chunks - N});
+    r.beside = beside;
+    const Twin k = Twin::normal({r.c.B, 4 * chunks, r.c.Hkv * r.c.D}, DType::bf16, 5);
+    const auto summarize = [&](const auto& kernels, Tensor Twin::*side) {
+      kernels.dash_summaries(heads(k.*side, 0, r.c.Hkv, r.c.D), {}, 4,
+                             (r.kbar.*side).slice(2, 500, chunks));
+    };
+    summarize(on_cpu, &Twin::cpu);
+    summarize(on_gpu, &Twin::gpu);
+    expect_routed(r);
   }
 }
 
