@@ -24,7 +24,7 @@
 // with those of its item before, while other warpgroups may still be at theirs. q is held in
 // registers where D is 128; dO and, where D is 64, q are read from shared memory, since sums,
 // scores and rounded dS leave no more registers. What warps know of an item is spilled in part: the
-// copying ones read a few words back in a step, the others do so between items.
+// copying ones read a few words back in a step, the others one at most.
 //
 // Floor: 6 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
 // 0.125: 4.1e11 operations, 0.42 ms at wgmma's 989 TFLOP/s, 0.69 ms at 600. A step copies 256 D
@@ -42,7 +42,7 @@ template <int D>
 struct QueryGradients {
   static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 8 : 4;
-  using Ring = SparseRing<D, groups, stages>;
+  using Ring = SparseRing<D, groups, stages, false>;
   using Items = DrawnItems<groups>;
 
   // Own blocks come first, then the ring, its sums of dS, barriers for each warpgroup's blocks and
