@@ -13,8 +13,7 @@
 // mask. high and low hold 22 bits of kbar, products of f16 are exact in float: scores err by
 // rounding of float sums, low products first. q is exact in f16 between 2^-17 and 65504.
 //
-// As everywhere, tau is what a row's threshold is above its largest entry, top. With both in float,
-// probability(z, top + tau) has the same bits in both passes.
+// tau holds the threshold, a float, exactly: probability(z, tau) has the same bits in both passes.
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/attention_hopper.cuh"
