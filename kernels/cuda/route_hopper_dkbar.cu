@@ -1,4 +1,4 @@
-// The way back through DashAttention's router on Hopper, second half: dkbar = scale dz^T q.
+// The way back through DashAttention's router on Hopper, third part: dkbar = scale dz^T q.
 //
 // A thread block takes 128 chunks of a kv head, 64 for each of two warpgroups, whose summaries stay
 // in shared memory, and a segment of the row tiles that route over them, which go through a ring of
@@ -49,6 +49,48 @@ struct ChunkItem {
     end = min((segment + 1) * p.segment, p.row_tiles);
   }
 };
+
+/// Starts copies of a tile's columns of the warpgroup's rows of dbias, `count` queries from `from`
+/// on, to the first rows of a table; zeros after the last query and chunk.
+__device__ __forceinline__ void copy_columns(const RowTile& to, const float* from,
+                                             const HopperRoute& p, int tile, int count) {
+  const int column = static_cast<int>(threadIdx.x) % 64, c = 64 * tile + column;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) % warpgroup / 64; i < p.queries; i += 2) {
+    copy_async<4>(shared_address(to.at(i, column)), from + int64_t{i} * p.M + c,
+                  i < count && c < p.M);
+  }
+}
+
+/// From a tile's scores to their gradients. row: of dw, for the thread's two rows.
+template <class Entmax>
+__device__ __forceinline__ void score_gradients(float (&z)[8][4], const Entmax& entmax,
+                                                const RowNumbers (&numbers)[2], const RowTile& dw,
+                                                const int (&row)[2]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float threshold = numbers[i].threshold, centre = numbers[i].centre;
+      const float2 d = dw.pair(row[i], j);
+      float* both = &z[j][2 * i];
+      both[0] = entmax.weight(both[0], threshold) * (d.x - centre);
+      both[1] = entmax.weight(both[1], threshold) * (d.y - centre);
+    }
+  }
+}
+
+/// Writes an accumulator, rounded, to a block of one panel.
+__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
+    *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
+    *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
+  }
+}
 
 /// One of the warpgroups that sum.
 template <int D, class Entmax>
