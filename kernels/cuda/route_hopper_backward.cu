@@ -1,22 +1,25 @@
-// The way back through DashAttention's router on Hopper, second part: dq and the rows' centres.
+// The way back through DashAttention's router on Hopper, second kernel: from dw to dq and dkbar.
 //
-// Gradients are 0 off the support, so that a row tile, 64 / g neighbouring queries of a kv head
-// with their g heads, needs scores of the union of its queries' supports alone. A thread block, one
-// warpgroup, takes a row tile and gathers the union's summaries, 64 at a time, a pack:
+// Gradients are 0 off the support, so that a row tile needs scores only of the chunks that its
+// queries route to. A thread block, one warpgroup, goes over row tiles, gathers the summaries of
+// their unions, 64 at a time, a pack, and takes
 //
 //   sweep 1: z -> s, registers; of rows, the sums of s and s dw -> centre = sum s dw / sum s
-//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16 -> dq += dz kbar,
-//   registers
+//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16, registers and shared
+//            -> dq += dz kbar, registers; dz^T q, registers -> added to the part's sums, in L2
 //
-// Mostly one pack is all: each score is then computed once. Several thread blocks in a
-// multiprocessor overlap what each waits for.
+// Mostly one pack is all: each score is then computed once. A block's row tiles are its part of
+// dkbar, whose sums no other block adds to; a last kernel adds parts up, in order. The thread
+// blocks of a multiprocessor, three or four, overlap what each waits for. Their registers do not
+// hold all that stays the same from row tile to row tile: each loads about 60 words of it.
 //
-// Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 at density 0.125: 8192 row tiles, a
-// pack each, of which neighbours that look alike fill about 24 rows of 64; products of whole packs,
-// 6 D operations for each of 4096 pairs, 2.6e10, 26 us at 989 TFLOP/s; summaries from L2, 24 rows
-// of 768 bytes, q and dq, 48 KB: 0.55 GB, 0.1 ms; about 1000 instructions a warp, 40 us beside
-// both. Expected: 0.12 ms. Three sweeps over all candidates, the first for the rows' largest entry,
-// the second for the weights, took 0.64 ms.
+// Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 at density 0.125: 8192 row tiles, of
+// whose pack neighbours that look alike fill about 24 rows of 64; 8 D operations for each of its
+// 4096 pairs, 3.4e10, 35 us at 989 TFLOP/s; from and to L2 24 rows of 768 bytes of summaries and of
+// 1 KB of sums, q and dq, 90 KB a row tile in all: 0.74 GB, 0.13 ms; about 1300 instructions a
+// warp, 50 us beside both. Expected: 0.16 ms. Before, three sweeps over all candidates, of which
+// the first was for the rows' largest entries and the second for the weights, took 0.64 ms for dq,
+// and one more for dkbar 0.19 ms.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -26,96 +29,141 @@ namespace entrain::cuda {
 namespace {
 
 constexpr int threads = warpgroup;
-constexpr int no_chunk = 0x7fffffff;  // fills packs up
 
-/// Shared memory: the rows of q; of a pack, the three parts of summaries, dw, chunks; a barrier.
+/// Shared memory: the rows of q; of a pack, three parts of summaries, of which dz takes the place
+/// of the first, chunks and dw; a barrier; which chunks have sums.
 template <int D>
 struct Layout {
   static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int parts_at = block_bytes;
-  static constexpr int list_at = 4 * block_bytes;
+  static constexpr int parts_at = block_bytes, rounded_at = parts_at + 2 * block_bytes;
+  static constexpr int list_at = rounded_at + block_bytes;
   static constexpr int barrier_at = list_at + 64 * 4;
-  static constexpr int table_at = barrier_at + 16;
+  static constexpr int dw_at = barrier_at + 16;
 
-  static int shared_bytes(int queries) { return 1024 + table_at + queries * RowTile::step * 4; }
+  __host__ __device__ static int summed_at(int queries) {
+    return dw_at + queries * RowTile::step * 4;
+  }
+  static int shared_bytes(int queries, int tiles) { return 1024 + summed_at(queries) + 8 * tiles; }
 };
 
-/// Whole tiles whose chunks of the union, 64 at most, are gathered.
+/// Whole tiles whose chunks of the union, 64 at most, are gathered; how many these are.
 struct Pack {
-  int begin, end;
+  int begin, end, count;
 };
 
-/// A warpgroup and its row tile.
+/// A warpgroup on its way through its part of a head's row tiles.
 template <int D>
 class QueryRows {
  public:
   using Shape = Layout<D>;
 
-  __device__ QueryRows(const HopperRouteBackward& p, int head, int row_tile, char* memory)
+  __device__ QueryRows(const HopperRouteBackward& p, int head, int part, char* memory)
       : p_(p),
+        memory_(memory),
         shared_(uniform(static_cast<int>(shared_address(memory)))),
         list_(reinterpret_cast<int*>(memory + Shape::list_at)),
-        dw_(memory + Shape::table_at),
+        dw_(memory + Shape::dw_at),
+        summed_(reinterpret_cast<uint64_t*>(memory + Shape::summed_at(p.route.queries))),
         head_(head),
-        row_tile_(row_tile),
-        first_(row_tile * p.route.queries),
-        count_(min(p.route.queries, p.route.N - first_)),
-        item_{head / p.route.Hkv, head % p.route.Hkv, first_, p.route.first_tile(),
-              p.route.end_tile(first_ + count_ - 1)},
+        part_(part),
         rows_(p.route) {
-    rows_.place(p.route, first_, count_);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p.route.g : 0;
-      const double* tau = p.tau + p.route.at_row(item_, first_ + row_[i], head_of_row(i));
-      threshold_[i] = rows_.routes(i) ? static_cast<float>(*tau) : 0;
+    if (threadIdx.x == 0) {
+      barrier_init(barrier(), 1);
+      barrier_init_done();
     }
+    for (int tile = thread(); tile < p.tiles; tile += threads) summed_[tile] = 0;
+    // Nobody's rows take part in sums over rows.
+    for (int panel = 0; panel < D / 64; ++panel) {
+      for (int x = p.route.queries * p.route.g * 128 + 16 * thread(); x < panel_bytes;
+           x += 16 * threads) {
+        *reinterpret_cast<uint4*>(memory + panel * panel_bytes + x) = uint4{};
+      }
+    }
+    show_to_engines();
+    __syncthreads();
   }
 
   template <class Entmax>
-  __device__ __forceinline__ void take(const CUtensorMap& q, const Entmax& entmax,
+  __device__ __forceinline__ void take(int row_tile, const CUtensorMap& q, const Entmax& entmax,
                                        const Rows<bf16>& dq) {
-    const uint32_t barrier = shared_ + Shape::barrier_at;
-    if (threadIdx.x == 0) copy_rows<D>(Block{shared_}, q, barrier, p_.route, item_, first_);
+    place(row_tile);
+    int from = item_.begin, last = -1;  // where the next pack begins; sweep 2: and the last one
+    Pack pack = find(from);
+    if (pack.count == 0) return;
+    if (threadIdx.x == 0) copy_rows<D>(Block{shared_}, q, barrier(), p_.route, item_, item_.first);
     float total[2] = {0, 0}, weighted[2] = {0, 0}, sum[D / 8][4] = {};
     pin(sum);
-    int from = item_.begin, last = -1;  // where the next pack begins; sweep 2: and the last one
 #pragma unroll 1
-    do {
-      const Pack pack = find(from);
+    for (;;) {
       copy(pack.end == item_.end || last >= 0);
-      barrier_wait(barrier, 0);
+      barrier_wait(barrier(), phase_);
       float s[8][4];
       weigh(s, entmax);
       from = pack.end;
       if (last < 0) {
         sum_up(s, total, weighted);
-        if (pack.end < item_.end) continue;
-        find_centres(total, weighted);
-        last = pack.begin;
-        from = item_.begin;
+        if (from == item_.end) {
+          find_centres(total, weighted);
+          last = pack.begin;
+          from = item_.begin;
+        }
       }
-      add_gradients(sum, s);
-    } while (from != last);
+      if (last >= 0) {
+        add_gradients(sum, s);
+        mark_sums(pack);
+        if (from == last) break;
+      }
+      pack = find(from);
+    }
+    phase_ ^= 1;
     add_to(dq, sum);
   }
 
+  /// For who adds parts up.
+  __device__ void put_summed() const {
+    __syncthreads();
+    uint64_t* to = p_.summed + p_.part_of(head_, part_) * p_.tiles;
+    for (int tile = thread(); tile < p_.tiles; tile += threads) to[tile] = summed_[tile];
+  }
+
  private:
+  /// Read anew each time: else what follows from it stays in registers from row tile to row tile.
+  __device__ static int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  }
+  __device__ uint32_t barrier() const {
+    return shared_ + Shape::barrier_at;
+  }
   /// Of the thread's row i, within the group.
   __device__ __forceinline__ int head_of_row(int i) const {
     return rows_.lane_row(i) % p_.route.g;
   }
 
+  __device__ __forceinline__ void place(int row_tile) {
+    const int first = row_tile * p_.route.queries;
+    count_ = min(p_.route.queries, p_.route.N - first);
+    item_ = {head_ / p_.route.Hkv, head_ % p_.route.Hkv, first, p_.route.first_tile(),
+             p_.route.end_tile(first + count_ - 1)};
+    union_ = p_.union_of(head_, row_tile);
+    rows_.place(p_.route, first, count_);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
+      const double* tau = p_.tau + p_.route.at_row(item_, first + row_[i], head_of_row(i));
+      threshold_[i] = rows_.routes(i) ? static_cast<float>(*tau) : 0;
+    }
+  }
+
   /// Lists the next chunks of the union, in tiles from `from` on.
-  __device__ Pack find(int from) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int bit = static_cast<int>(threadIdx.x) % 64, half = static_cast<int>(threadIdx.x) / 64;
-    const uint64_t* words = p_.union_of(head_, row_tile_);
+  __device__ __forceinline__ Pack find(int from) const {
+    const int lane = thread() % 32, bit = thread() % 64, half = thread() / 64;
     __syncthreads();  // the last pack is done with
     int found = 0, at = from, taken = 32;
     while (taken == 32 && at < item_.end) {
-      const uint64_t word = at + lane < item_.end ? words[at + lane] : 0;
+      const uint64_t word = at + lane < item_.end ? union_[at + lane] : 0;
       int up_to = __popcll(word);  // and the lanes before
 #pragma unroll
       for (int o = 1; o < 32; o *= 2) {
@@ -133,34 +181,33 @@ class QueryRows {
       if (taken > 0) found += __shfl_sync(~0u, up_to, taken - 1);
       at = min(at + taken, item_.end);
     }
-    if (half == 0 && bit >= found) list_[bit] = no_chunk;
+    if (half == 0 && bit >= found) list_[bit] = p_.route.M;  // no such chunk
     __syncthreads();
-    return {from, at};
+    return {from, at, found};
   }
 
-  /// Starts copies of the listed chunks' dw and summaries, of the rounded ones where wanted; zeros
-  /// after the last.
-  __device__ void copy(bool rounded) const {
-    const auto thread = static_cast<int>(threadIdx.x);
-    const bf16* from = p_.summaries_of(head_);
-    const int64_t step = p_.summaries_step();
+  /// Starts copies of the listed chunks' summaries, of rounded ones where wanted, and of their dw;
+  /// zeros after the last.
+  __device__ __forceinline__ void copy(bool rounded) const {
+    const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
+    const bf16* from = p_.summaries + head_ * p_.elements_of_head();
 #pragma unroll 2
-    for (int x = thread; x < 64 * D / 8; x += threads) {
+    for (int x = thread(); x < 64 * D / 8; x += threads) {
       const int row = x / (D / 8), piece = x % (D / 8), c = list_[row];
-      const bool is = c != no_chunk;
-      const bf16* source = from + (is ? int64_t{c} * D : 0) + 8 * piece;
+      const bool is = c < p_.route.M;
+      const bf16* source = from + int64_t{c} * D + 8 * piece;
       const uint32_t to = shared_ + Shape::parts_at + piece / 8 * panel_bytes + row * 128 +
                           (piece % 8 ^ row % 8) * 16;
       copy_async<16>(to, source, is);
       copy_async<16>(to + Shape::block_bytes, source + step, is);
       if (rounded) copy_async<16>(to + 2 * Shape::block_bytes, source + 2 * step, is);
     }
-    const int column = thread % 64, c = list_[column];
-    const float* dw = p_.dbias_of(item_, first_) + (c != no_chunk ? c : 0);
+    const int column = thread() % 64, c = list_[column];
+    const float* dw = p_.dbias + p_.route.at_query(item_, item_.first) * p_.route.M + c;
 #pragma unroll 4
-    for (int i = thread / 64; i < p_.route.queries; i += threads / 64) {
-      copy_async<4>(shared_address(dw_.at(i, column)),
-                    dw + (i < count_ ? int64_t{i} * p_.route.M : 0), c != no_chunk && i < count_);
+    for (int i = thread() / 64; i < p_.route.queries; i += threads / 64) {
+      copy_async<4>(shared_address(dw_.at(i, column)), dw + int64_t{i} * p_.route.M,
+                    c < p_.route.M && i < count_);
     }
   }
 
@@ -173,7 +220,7 @@ class QueryRows {
     __syncthreads();
     rows_.multiply(s, shared_ + Shape::parts_at);
     rows_.scale(s);
-    const int2* chunks = reinterpret_cast<const int2*>(list_) + threadIdx.x % 4;
+    const int2* chunks = reinterpret_cast<const int2*>(list_) + thread() % 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int2 c = chunks[4 * j];
@@ -196,7 +243,16 @@ class QueryRows {
       }
     }
   }
-  /// sum += dz kbar of the pack that s is of.
+  __device__ __forceinline__ void find_centres(const float (&total)[2],
+                                               const float (&weighted)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float all = Lanes(4).sum(total[i]), of_dw = Lanes(4).sum(weighted[i]);
+      centre_[i] = all > 0 ? of_dw / all : 0;
+    }
+  }
+
+  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums, 64 dimensions at a time.
   __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4]) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -209,34 +265,62 @@ class QueryRows {
     }
     Fragment dz[4];
     round_to(dz, s);
+    __syncthreads();  // all have their scores
+    put_rounded(s, memory_ + Shape::parts_at);
+    show_to_engines();
+    __syncthreads();
     products_fence();
-    add_product(sum, dz, Block{shared_ + Shape::parts_at + 2 * Shape::block_bytes});
+    add_product(sum, dz, Block{shared_ + Shape::rounded_at});
     products_commit();
-    products_wait<0>();
-    pin(sum);
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      const Block dz_block{shared_ + Shape::parts_at}, q{shared_ + panel * panel_bytes};
+      products_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        product_of_columns(s, dz_block.columns(step), q.columns(step), step > 0);
+      }
+      products_commit();
+      products_wait<0>();
+      pin(s);
+      pin(sum);
+      add_to_part(s, 64 * panel);
+    }
   }
-
-  /// The third part wants them, too.
-  __device__ __forceinline__ void find_centres(const float (&total)[2],
-                                               const float (&weighted)[2]) {
-    RowNumbers* to = p_.rows_of(item_, row_tile_);
+  /// Rows are places in the list; where a chunk has no sums yet, these are its first.
+  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], int column) const {
+    float* const sums = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float all = Lanes(4).sum(total[i]), of_dw = Lanes(4).sum(weighted[i]);
-      centre_[i] = all > 0 ? of_dw / all : 0;
-      if (threadIdx.x % 4 == 0) {
-        to[rows_.lane_row(i)] = {threshold_[i], centre_[i], rows_.end[i]};
+      const int c = list_[rows_.lane_row(i)];
+      if (c == p_.route.M) continue;
+      float2* to = reinterpret_cast<float2*>(sums + int64_t{c} * D) + thread() % 4;
+      const bool adds = summed_[c / 64] >> c % 64 & 1;
+      float2 old[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) old[j] = adds ? to[4 * j] : float2{};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        to[4 * j] = make_float2(old[j].x + sum[j][2 * i], old[j].y + sum[j][2 * i + 1]);
       }
     }
   }
+  /// The chunks of a pack have sums now.
+  __device__ void mark_sums(const Pack& pack) const {
+    __syncthreads();
+    for (int tile = pack.begin + thread(); tile < pack.end; tile += threads) {
+      summed_[tile] |= union_[tile];
+    }
+  }
+
   /// dq += scale sum: the thread has a pair of every eight columns of its rows.
   __device__ __forceinline__ void add_to(const Rows<bf16>& dq, const float (&sum)[D / 8][4]) const {
     const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head_of_row(i), first_ + row_[i]);
-      uint32_t* to = reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
+      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head_of_row(i), item_.first + row_[i]);
+      uint32_t* to = reinterpret_cast<uint32_t*>(row) + thread() % 4;
       uint32_t old[D / 8];
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) old[j] = to[4 * j];
@@ -249,58 +333,84 @@ class QueryRows {
   }
 
   const HopperRouteBackward& p_;
+  char* const memory_;
   const uint32_t shared_;
-  int* const list_;                            // the pack's chunks, ascending, then no_chunk
-  const RowTile dw_;                           // by query and place in the list
-  const int head_, row_tile_, first_, count_;  // kv head and batch; queries
-  const RouteItem item_;
+  int* const list_;         // the pack's chunks, ascending, then M
+  const RowTile dw_;        // by query and place in the list
+  uint64_t* const summed_;  // by tile: the chunks that have sums
+  const int head_, part_;   // head: kv head and batch
   RouteRows<D> rows_;
-  int row_[2];  // queries of the thread's rows, from first_ on; 0 where they do not route
+  uint32_t phase_ = 0;  // of the barrier of q
+
+  // Of the row tile.
+  int count_;  // queries
+  RouteItem item_;
+  const uint64_t* union_;
+  int row_[2];  // queries of the thread's rows, from the first on; 0 where they do not route
   float threshold_[2], centre_[2];
 };
 
-/// Grid: row tiles, those with most candidates first, times kv heads and batch.
+/// Grid: parts times kv heads and batch.
 template <int D>
 __global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
-    query_gradients(const __grid_constant__ CUtensorMap q,
-                    const __grid_constant__ HopperRouteBackward p, const Rows<bf16> dq) {
+    gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ HopperRouteBackward p,
+              const Rows<bf16> dq) {
 #ifdef ENTRAIN_HOPPER
   const uint32_t at = shared_address(dynamic_shared());
   char* const memory = dynamic_shared() + ((at + 1023) / 1024 * 1024 - at);
-  if (threadIdx.x == 0) {
-    barrier_init(shared_address(memory) + Layout<D>::barrier_at, 1);
-    barrier_init_done();
-  }
-  __syncthreads();
-  const auto index = static_cast<int>(blockIdx.x);
-  QueryRows<D> rows(p, index % p.heads, p.row_tiles - 1 - index / p.heads, memory);
-  by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) { rows.take(q, entmax, dq); });
+  const int head = static_cast<int>(blockIdx.x) % p.heads;
+  const int part = static_cast<int>(blockIdx.x) / p.heads;
+  QueryRows<D> rows(p, head, part, memory);
+  by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) {
+#pragma unroll 1
+    for (int x = 0; x < 2 * p.run; ++x) {
+      const int row_tile = x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
+      if (row_tile < p.row_tiles) rows.take(row_tile, q, entmax, dq);
+    }
+  });
+  rows.put_summed();
 #endif
 }
 
-/// Sizes, and how sums over rows are cut: into about three times as many as an H100 has
-/// multiprocessors, on any GPU, so that sums do not depend on it.
+/// dkbar = scale times the parts' sums, in order; 0 where nobody routes.
+__global__ void __launch_bounds__(256)
+    sum_parts(const __grid_constant__ HopperRouteBackward p, int64_t total, double* dkbar) {
+  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (x >= total) return;
+  const int64_t row = x / p.route.D, step = p.elements_of_head();
+  const int head = static_cast<int>(row / p.route.M), c = static_cast<int>(row % p.route.M);
+  const float* from = p.sums + p.part_of(head, 0) * step + x % step;
+  const uint64_t* summed = p.summed + p.part_of(head, 0) * p.tiles + c / 64;
+  double sum = 0;
+#pragma unroll 8
+  for (int part = 0; part < p.parts; ++part) {
+    sum += summed[part * p.tiles] >> c % 64 & 1 ? from[part * step] : 0;
+  }
+  dkbar[x] = p.route.alpha_gamma[1] / sqrt(static_cast<double>(p.route.D)) * sum;
+}
+
+/// Sizes, and how sums over rows are cut: into as many parts as thread blocks of an H100 take at
+/// once, on any GPU, so that sums do not depend on it. Two runs a part, as late queries have more
+/// candidates.
 HopperRouteBackward backward_sizes(const Shape& q, const Shape& kbar) {
   const int64_t heads = kbar[0] * kbar[1], queries = block_rows / (q[1] / kbar[1]);
-  const int64_t tiles = ceil_div(kbar[2], 64), row_tiles = ceil_div(q[2], queries);
-  // Half of all pairs of a row tile and 128 chunks have candidates, and those on the diagonal.
-  const int64_t wanted = ceil_div(6 * 132, heads * (ceil_div(tiles, 2) + 1));
-  const int64_t segment = ceil_div(row_tiles, wanted);
+  const int64_t row_tiles = ceil_div(q[2], queries), blocks = 132 * (q[3] == 64 ? 4 : 3);
+  const int64_t run = ceil_div(row_tiles, 2 * ceil_div(blocks, heads));
   const auto whole = [](int64_t n) { return static_cast<int>(n); };
-  return {whole(heads), whole(tiles), whole(row_tiles), whole(segment),
-          whole(ceil_div(row_tiles, segment))};
+  return {whole(heads), whole(ceil_div(kbar[2], 64)), whole(row_tiles), whole(run),
+          whole(ceil_div(row_tiles, 2 * run))};
 }
 
 /// Where the parts of scratch begin, in bytes, the summaries at 0.
 struct BackwardScratch {
-  int64_t rows, unions, sums, bytes;
+  int64_t unions, summed, sums, bytes;
 
   BackwardScratch(const HopperRouteBackward& p, const Shape& kbar) {
-    rows = Summaries::scratch(kbar) * int64_t{sizeof(double)};
-    const int64_t row_tiles = int64_t{p.heads} * p.row_tiles;
-    unions = rows + row_tiles * block_rows * int64_t{sizeof(RowNumbers)};
-    sums = unions + 8 * row_tiles * p.tiles;
-    bytes = sums + 4 * int64_t{p.heads} * p.segments * 64 * p.tiles * kbar[3];
+    const int64_t parts = int64_t{p.heads} * p.parts;
+    unions = Summaries::scratch(kbar) * int64_t{sizeof(double)};
+    summed = unions + 8 * int64_t{p.heads} * p.row_tiles * p.tiles;
+    sums = summed + 8 * parts * p.tiles;
+    bytes = sums + 4 * parts * kbar[2] * kbar[3];
   }
 };
 
@@ -317,28 +427,30 @@ bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRoutin
                            const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
                            const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch) {
   if (!hopper_route_takes(q, kbar, routing)) return false;
-  const Summaries summaries = prepare_summaries(kbar, scratch);
   HopperRouteBackward p = backward_sizes(q.shape, kbar.shape);
   const BackwardScratch at(p, kbar.shape);
   char* memory = reinterpret_cast<char*>(pointer<double>(scratch));
   p.route = hopper_route_problem(q, kbar, routing, 0);
+  p.summaries = pointer<bf16>(prepare_summaries(kbar, scratch).high);
   p.tau = pointer<double>(tau);
-  p.summaries = pointer<bf16>(summaries.high);
   p.mask = pointer<uint64_t>(blocks.mask);
   p.words = static_cast<int>(blocks.mask[3]);
   p.bias = pointer<float>(blocks.bias);
   p.dbias = pointer<float>(dbias);
-  p.rows = reinterpret_cast<RowNumbers*>(memory + at.rows);
   p.unions = reinterpret_cast<uint64_t*>(memory + at.unions);
+  p.summed = reinterpret_cast<uint64_t*>(memory + at.summed);
   p.sums = reinterpret_cast<float*>(memory + at.sums);
-  const CUtensorMap queries = packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, p.route.D,
-                                         p.route.g, block_rows / p.route.g);
   hopper_route_dw(p);
   by_dense_head_dim(p.route.D, [&](auto D) {
-    launch("route_backward: dq", query_gradients<D>, int64_t{p.heads} * p.row_tiles, threads,
-           Layout<D>::shared_bytes(p.route.queries), queries, p, Rows<bf16>(dq_sum));
+    launch(
+        "route_backward", gradients<D>, int64_t{p.heads} * p.parts, threads,
+        Layout<D>::shared_bytes(p.route.queries, p.tiles),
+        packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, D, p.route.g, p.route.queries),
+        p, Rows<bf16>(dq_sum));
   });
-  hopper_route_dkbar(p, queries, summaries, pointer<double>(dkbar));
+  const int64_t total = int64_t{p.heads} * p.route.M * p.route.D;
+  launch("route_backward: sums", sum_parts, ceil_div(total, 256), 256, 0, p, total,
+         pointer<double>(dkbar));
   return true;
 }
 
