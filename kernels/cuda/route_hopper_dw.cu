@@ -1,5 +1,5 @@
-// The way back through DashAttention's router on Hopper, first part: from D, the sums of dS, to
-// gradients of the routing weights, and what a row tile's queries route to together.
+// The way back through DashAttention's router on Hopper, first kernel: from D, the sums of dS,
+// to gradients of the routing weights, and what the queries of a row tile route to together.
 //
 // The weights are not computed anew. On a query's support S the bias is (log(w + eps) - mu) /
 // sigma, and the weights there sum to 1, so that with e = exp(sigma bias), whatever mu is,
