@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(256)
   const float* from = p.sums + p.part_of(head, 0) * step + x % step;
   const uint64_t* summed = p.summed + p.part_of(head, 0) * p.tiles + c / 64;
   double sum = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (int part = 0; part < p.parts; ++part) {
     sum += summed[part * p.tiles] >> c % 64 & 1 ? from[part * step] : 0;
   }
