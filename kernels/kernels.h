@@ -173,20 +173,23 @@ struct Kernels {
   void dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const;
   void dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar, Tensor dk_sum,
                                Tensor ds_sum) const;
-  /// Routing: tau f64 [B, Hq, N] the entmax thresholds, blocks.mask and blocks.bias as attention
-  /// takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is kbar's.
-  /// scratch: f64 [dash_route_scratch()], or empty, as while decoding: each tile of queries then
-  /// prepares summaries for itself, and those of chunks before the first query's may be read while
-  /// the work before this still runs. beside: that work makes summaries which no query here routes
-  /// over, and everything may be read.
+  /// Routing: tau f64 [B, Hq, N] the entmax thresholds of (alpha - 1) gamma z, or for alpha = 1 of
+  /// gamma z the logs of the softmax's sums, 0 without candidates; blocks.mask and blocks.bias as
+  /// attention takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is
+  /// kbar's. scratch: f64 [dash_route_scratch()], or empty, as while decoding: each tile of queries
+  /// then prepares summaries for itself, and those of chunks before the first query's may be read
+  /// while the work before this still runs. beside: that work makes summaries which no query here
+  /// routes over, and everything may be read.
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                   const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read,
                   bool beside = false) const;
   static int64_t dash_route_scratch(const Shape& q, const Shape& kbar);
-  /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D]. What dbias holds
-  /// afterwards is of no use: it may be written over. scratch: f64 [dash_route_backward_scratch()].
+  /// From dbias back to the scores: adds to dq, writes dkbar f64 [B, Hkv, M, D]. tau and blocks as
+  /// dash_route left them. dbias is 0 for candidates that were not routed; what it holds afterwards
+  /// is of no use: it may be written over. scratch: f64 [dash_route_backward_scratch()].
   void dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
-                           Tensor dbias, Tensor dq_sum, Tensor dkbar, Tensor scratch) const;
+                           const BlockSet& blocks, Tensor dbias, Tensor dq_sum, Tensor dkbar,
+                           Tensor scratch) const;
   static int64_t dash_route_backward_scratch(const Shape& q, const Shape& kbar);
   /// Adds to entropy, see EntropyField; tau as dash_route left it.
   void dash_entropy(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,

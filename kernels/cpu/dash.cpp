@@ -80,10 +80,6 @@ class RoutedTile : public ScoreTile {
     scale = (routing.aggregation == Aggregation::entmax ? routing.gamma() : 1) /
             std::sqrt(static_cast<double>(s.D));
     ScoreTile::load(q, kbar, last.count() > 0 ? last.end : 0, scale, s, b, r, first, count);
-    for (int64_t i = 0; i < count * g; ++i) {
-      const Candidates range(routing, (token + i / g) / routing.chunk);
-      if (range.count() > 0) entmax_shift(z.data() + i * step + range.begin, range.count());
-    }
   }
 
   double* scores(int64_t query, int64_t head, Candidates range) {
@@ -157,7 +153,7 @@ class RoutedTile : public ScoreTile {
   double scale = 1;              // of the queries that ScoreTile holds
   std::vector<double> p;         // [g, width] entmax, or softmax, of one query's heads
   std::vector<double> w;         // [width]
-  std::vector<double> mixed;     // [candidates] gamma mean of softmax, shifted
+  std::vector<double> mixed;     // [candidates] gamma mean of softmax
   std::vector<double> kept;      // [width] scratch of a row
   std::vector<int64_t> support;  // [width] chunks with w > 0 of one query
   std::vector<double> tau;       // [g]
@@ -173,7 +169,6 @@ class RoutedTile : public ScoreTile {
       softmax_row(scores(query, h, range), n, head(h, range));
       for (int64_t c = 0; c < n; ++c) mixed[c] += share * head(h, range)[c];
     }
-    entmax_shift(mixed.data(), n);
   }
 };
 
@@ -348,8 +343,8 @@ int64_t Kernels<Device::cpu>::dash_route_backward_scratch(const Shape& q, const 
 // weights, then the two products with kbar and q.
 template <>
 void Kernels<Device::cpu>::dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing,
-                                               Tensor tau, Tensor dbias, Tensor dq_sum,
-                                               Tensor dkbar, Tensor scratch) const {
+                                               Tensor tau, const BlockSet&, Tensor dbias,
+                                               Tensor dq_sum, Tensor dkbar, Tensor scratch) const {
   by_type(q, [&]<class T>(T) {
     const AttentionShape s(q.shape, {q[0], kbar[1], q[2], q[3]});
     const HeadView<T> qv(q), dqv(dq_sum);

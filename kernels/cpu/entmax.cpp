@@ -19,7 +19,9 @@ void Kernels<Device::cpu>::entmax(Tensor z, Tensor length, double alpha, Tensor 
       if (valid == 0) continue;
       const T* in = z.ptr<T>() + row * n;
       std::vector<double> score(in, in + valid);
-      entmax_shift(score.data(), valid);
+      // Probabilities are the same, and keep their digits however large the scores are.
+      const double top = entmax_top(score.data(), valid);
+      for (double& x : score) x -= top;
       std::vector<double> prob(score.size());
       const double tau = entmax_threshold(score.data(), valid, alpha, prob.data());
       entmax_probabilities(score.data(), valid, tau, alpha, prob.data());

@@ -15,32 +15,31 @@
 
 namespace entrain {
 
-/// Shifts a row of n >= 1 scores so that the largest is 0. It changes no probability, and the
-/// threshold, then in [-1, 0], keeps its digits however large the scores are.
-inline void entmax_shift(double* z, int64_t n) {
+/// The largest of n >= 1 scores.
+inline double entmax_top(const double* z, int64_t n) {
   double top = z[0];
 #pragma omp simd reduction(max : top)
   for (int64_t c = 0; c < n; ++c) top = std::max(top, z[c]);
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) z[c] -= top;
+  return top;
 }
 
-/// The threshold tau of a shifted row; for alpha = 1, the log of the softmax's sum. kept: scratch
-/// of n.
+/// The threshold tau of a row of n >= 1 scores; for alpha = 1, the log of the softmax's sum. kept:
+/// scratch of n.
 inline double entmax_threshold(const double* z, int64_t n, double alpha, double* kept) {
+  const double top = entmax_top(z, n);
   if (alpha == 1) {
     double sum = 0;
-    for (int64_t c = 0; c < n; ++c) sum += std::exp(z[c]);
-    return std::log(sum);
+    for (int64_t c = 0; c < n; ++c) sum += std::exp(z[c] - top);
+    return top + std::log(sum);
   }
-  // tau >= -1, so entries below that are off the support; few are left where routing is sparse.
-  const double scale = alpha - 1, r = 1 / scale;
+  // Entries 1 below the top are off the support; few are left where routing is sparse.
+  const double scale = alpha - 1, r = 1 / scale, bound = scale * top - 1;
   int64_t m = 0;
   for (int64_t c = 0; c < n; ++c) {
     kept[m] = scale * z[c];
-    m += kept[m] > -1 ? 1 : 0;
+    m += kept[m] > bound ? 1 : 0;
   }
-  double t = -1;  // the largest entry alone gives h >= 0 here
+  double t = bound;  // the largest entry alone gives h >= 0 here
   for (int step = 0; step < 100; ++step) {
     double f = 0, df = 0;  // sum of d^r and of d^(r-1)
     if (r == 2) {
@@ -74,7 +73,7 @@ inline double entmax_threshold(const double* z, int64_t n, double alpha, double*
   return t;
 }
 
-/// p of a shifted row given its threshold: exact zeros off the support.
+/// p of a row given its threshold: exact zeros off the support.
 inline void entmax_probabilities(const double* z, int64_t n, double tau, double alpha, double* p) {
   const double scale = alpha - 1;
   if (alpha == 1.5) {

@@ -96,13 +96,11 @@ __global__ void __launch_bounds__(threads, 2)
     tile.load(head / s.Hkv, head % s.Hkv, blockIdx.x);
     if (tile.width == 0) return;
     tile.for_rows(tile.rows(), [&](int row, bool is) {
-      double* z = tile.z + row * step;
+      const double* z = tile.z + row * step;
       const int n = is ? tile.n[row / g] : 0;
-      entmax_shift(z, n, tile.lanes);
-      double sum = 0;
-      for (int c = tile.lanes.rank; c < n; c += tile.lanes.width) sum += exp(sharpen * z[c]);
-      sum = tile.lanes.sum(sum);
-      if (is && tile.lanes.rank == 0) tile.extra[row] = 1 / (g * sum);
+      const double top = row_top(z, n, tile.lanes);
+      const double sum = sum_of_powers(z, n, sharpen, top, tile.lanes);
+      if (is && tile.lanes.rank == 0) tile.extra[row] = sharpen * top + log(g * sum);
     });
     __syncthreads();
     for (int i = warp; i < tile.count; i += warps) {
@@ -110,7 +108,7 @@ __global__ void __launch_bounds__(threads, 2)
       for (int c = lane; c < tile.n[i]; c += 32) {
         double mean = 0;
         for (int row = i * g; row < (i + 1) * g; ++row) {
-          mean += exp(sharpen * tile.z[row * step + c]) * tile.extra[row];
+          mean += exp(sharpen * tile.z[row * step + c] - tile.extra[row]);
         }
         sum += entropy_term(mean);
       }

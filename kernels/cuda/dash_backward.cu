@@ -254,11 +254,11 @@ int64_t Kernels<Device::cuda>::dash_route_backward_scratch(const Shape& q, const
 
 template <>
 void Kernels<Device::cuda>::dash_route_backward(Tensor q, Tensor kbar, const DashRouting& routing,
-                                                Tensor tau, Tensor dbias, Tensor dq_sum,
-                                                Tensor dkbar, Tensor scratch) const {
+                                                Tensor tau, const BlockSet& blocks, Tensor dbias,
+                                                Tensor dq_sum, Tensor dkbar, Tensor scratch) const {
   if (dkbar.numel() == 0) return;
   check_pairs("dq", dq_sum);
-  if (route_backward_hopper(q, kbar, routing, tau, dbias, dq_sum, dkbar, scratch)) return;
+  if (route_backward_hopper(q, kbar, routing, tau, blocks, dbias, dq_sum, dkbar, scratch)) return;
   const int64_t parts = backward_parts(q.shape, kbar.shape);
   if (route_backward_bf16(q, kbar, routing, tau, dbias, dq_sum, dkbar, parts, scratch)) return;
   const RouteShape s = route_shape(q, kbar, routing, 0);

@@ -20,8 +20,7 @@ template <class Entmax>
 __device__ void find_thresholds(const Bf16RouteTile& tile, const Entmax& entmax) {
   tile.for_rows([&](int row) {
     const int n = tile.n[row];
-    shift_row(tile.scores(row), n);
-    const float t = entmax.threshold(tile.scores(row), n);
+    const float t = entmax.threshold(tile.scores(row), n, row_top(tile.scores(row), n) - 1);
     if (tile.lane() % row_lanes == 0) tile.tau[row] = n > 0 ? t : 0;
   });
 }

@@ -24,8 +24,8 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
 /// The same on Hopper, over any number of candidates; route_hopper_backward.cu. Whether it did.
 /// dbias is written over. scratch: f64 [hopper_route_backward_scratch()].
 bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-                           const Tensor& tau, const Tensor& dbias, const Tensor& dq_sum,
-                           const Tensor& dkbar, const Tensor& scratch);
+                           const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
+                           const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch);
 /// 0 where it never does.
 int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar);
 

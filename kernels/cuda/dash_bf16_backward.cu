@@ -224,7 +224,6 @@ __global__ void __launch_bounds__(bf16_threads, 2)
     if (tile.width == 0) continue;
     tile.for_thresholds(
         [&](int h, int i, int row) { tile.tau[row] = static_cast<float>(tau[tile.at_row(i, h)]); });
-    tile.for_rows([&](int row) { shift_row(tile.scores(row), tile.n[row]); });
     __syncthreads();
     by_curve(tile.alpha, [&](const auto& entmax) {
       weights_backward(tile, entmax, dbias);

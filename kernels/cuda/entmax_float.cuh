@@ -2,9 +2,9 @@
 // alpha-entmax of rows in shared memory, in float: what routes bf16 queries. entmax_row.cuh is the
 // same in double, kernels/cpu/entmax.h has the mathematics.
 //
-// A row holds a = (alpha - 1) (z - max z), or z - max z for alpha = 1, and -infinity from its last
-// entry up to a multiple of four: lanes share it, eight unless said otherwise, four neighbouring
-// entries each at a time.
+// A row holds a = (alpha - 1) z, or z for alpha = 1, and -infinity from its last entry up to a
+// multiple of four: lanes share it, eight unless said otherwise, four neighbouring entries each at
+// a time.
 #include "kernels/cuda/entmax_row.cuh"
 
 namespace entrain::cuda {
@@ -20,17 +20,14 @@ __device__ __forceinline__ void for_fours(float* row, int n, F f) {
   }
 }
 
-/// Shifts a row so that the largest entry, which it returns, is 0, whatever NaN there is.
+/// The largest entry of a row, whatever NaN there is.
 template <int width = row_lanes>
-__device__ inline float shift_row(float* row, int n) {
+__device__ inline float row_top(float* row, int n) {
   float top = -INFINITY;
   for_fours<width>(row, n, [&](const float4& a, int) {
     top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
   });
-  top = Lanes(width).max(top);
-  for_fours<width>(
-      row, n, [&](float4& a, int) { a = make_float4(a.x - top, a.y - top, a.z - top, a.w - top); });
-  return top;
+  return Lanes(width).max(top);
 }
 
 /// What p is of d = a - tau: p = d^r, r = 1 / (alpha - 1), so that loops are written once and run
@@ -67,17 +64,17 @@ struct FloatEntmax {
     return d <= 0 ? 0.0f : slope(d);
   }
 
-  /// The threshold of a shifted row, or for alpha > 1 of any row from a lower bound on: its largest
-  /// entry less 1, or what it had with fewer entries. All lanes of a warp together.
+  /// The threshold of a row from a lower bound on: its largest entry less 1, or what it had with
+  /// fewer entries. All lanes of a warp together.
   template <int width = row_lanes>
-  __device__ float threshold(float* row, int n, float bound = -1) const {
+  __device__ float threshold(float* row, int n, float bound) const {
     const Lanes lanes(width);
     if (curve == Curve::exponential) {
       float sum = 0;
       for_fours<width>(row, n, [&](const float4& a, int) {
-        sum += expf(a.x) + expf(a.y) + (expf(a.z) + expf(a.w));
+        sum += expf(a.x - bound) + expf(a.y - bound) + (expf(a.z - bound) + expf(a.w - bound));
       });
-      return logf(lanes.sum(sum));
+      return bound + logf(lanes.sum(sum));
     }
     float t = bound;  // the largest entry alone gives h >= 0 here
     bool moves = n > 0;

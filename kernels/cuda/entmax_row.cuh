@@ -26,6 +26,21 @@ struct Lanes {
   }
 };
 
+/// The largest of a row of n scores.
+__device__ inline double row_top(const double* z, int n, Lanes lanes) {
+  double top = -INFINITY;
+  for (int c = lanes.rank; c < n; c += lanes.width) top = fmax(top, z[c]);
+  return lanes.max(top);
+}
+
+/// The sum of exp(sharpen (z - top)) over a row.
+__device__ inline double sum_of_powers(const double* z, int n, double sharpen, double top,
+                                       Lanes lanes) {
+  double sum = 0;
+  for (int c = lanes.rank; c < n; c += lanes.width) sum += exp(sharpen * (z[c] - top));
+  return lanes.sum(sum);
+}
+
 struct Entmax {
   double alpha, scale, r;
 
@@ -48,14 +63,11 @@ struct Entmax {
     return p > 0 ? power(p, 2 - alpha) : 0.0;
   }
 
-  /// The threshold of a shifted row of n scores; for alpha = 1, the log of the softmax's sum.
+  /// The threshold of a row of n scores; for alpha = 1, the log of the softmax's sum.
   __device__ double threshold(const double* z, int n, Lanes lanes) const {
-    if (alpha == 1) {
-      double sum = 0;
-      for (int c = lanes.rank; c < n; c += lanes.width) sum += exp(z[c]);
-      return log(lanes.sum(sum));
-    }
-    double t = -1;  // the largest entry alone gives h >= 0 here
+    const double top = row_top(z, n, lanes);
+    if (alpha == 1) return top + log(sum_of_powers(z, n, 1, top, lanes));
+    double t = scale * top - 1;  // the largest entry alone gives h >= 0 here
     bool moves = n > 0;
     for (int step = 0; step < 100 && __any_sync(0xffffffffu, moves); ++step) {
       double f = 0, df = 0;  // sum of d^r and of d^(r-1)
@@ -82,19 +94,11 @@ struct Entmax {
   __device__ double slope(double d) const { return r == 2 ? d : (r == 1 ? 1.0 : power(d, r - 1)); }
 };
 
-/// Shifts a row of n scores so that the largest is 0.
-__device__ inline void entmax_shift(double* z, int n, Lanes lanes) {
-  double top = -INFINITY;
-  for (int c = lanes.rank; c < n; c += lanes.width) top = fmax(top, z[c]);
-  top = lanes.max(top);
-  for (int c = lanes.rank; c < n; c += lanes.width) z[c] -= top;
-}
-
 /// p = softmax(z) in place.
 __device__ inline void softmax_row(double* z, int n, Lanes lanes) {
+  const double top = row_top(z, n, lanes);
   double sum = 0;
-  entmax_shift(z, n, lanes);
-  for (int c = lanes.rank; c < n; c += lanes.width) sum += z[c] = exp(z[c]);
+  for (int c = lanes.rank; c < n; c += lanes.width) sum += z[c] = exp(z[c] - top);
   sum = lanes.sum(sum);
   for (int c = lanes.rank; c < n; c += lanes.width) z[c] /= sum;
 }

@@ -40,7 +40,7 @@ struct alignas(16) Small {
   uint64_t scores_sent, thresholds_sent, sums_sent;  // barriers: what all blocks send this one
   double alpha;
   float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
-  float2 thresholds[most_rows];  // top and tau, from all blocks
+  float2 thresholds[most_rows];  // top and what tau is above it, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
@@ -71,16 +71,6 @@ struct RouteDecode {
            8 * queries * cluster * pieces;
   }
 };
-
-/// The largest entry of a row, whatever NaN there is.
-template <int width>
-__device__ float row_top(float* row, int n) {
-  float top = -INFINITY;
-  for_fours<width>(row, n, [&](const float4& a, int) {
-    top = fmaxf(fmaxf(top, fmaxf(a.x, a.y)), fmaxf(a.z, a.w));
-  });
-  return Lanes(width).max(top);
-}
 
 /// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
 /// others of its own together. Returns how far the lane's row then goes.
@@ -173,13 +163,14 @@ class DecodeTile {
     const int n = end > p_.begin ? end : 0;
     const float top = row_top<32>(scores, n);
     const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
-    const float t = entmax.template threshold<32>(scores, keep_above<32>(scores, n, top, least));
+    const int kept = keep_above<32>(scores, n, top, least);
+    const float t = entmax.template threshold<32>(scores, kept, -1);
     if (lane() < cluster) {
       send(small_.thresholds + row, make_float2(top, t), thresholds_sent(), lane());
     }
     const int i = row / p_.g;
     if (lane() > 0 || i >= count_) return;
-    tau[(b_ * p_.Hq + r_ * p_.g + row % p_.g) * p_.N + first_ + i] = n > 0 ? t : 0;
+    tau[(b_ * p_.Hq + r_ * p_.g + row % p_.g) * p_.N + first_ + i] = n > 0 ? top + t : 0;
   }
 
   /// log(w + eps) of the support takes the place of the first head's scores, NaN elsewhere.

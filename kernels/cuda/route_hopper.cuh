@@ -13,8 +13,7 @@
 // mask. high and low hold 22 bits of kbar, products of f16 are exact in float: scores err by
 // rounding of float sums, low products first. q is exact in f16 between 2^-17 and 65504.
 //
-// As everywhere, tau is what a row's threshold is above its largest entry, top. With both in float,
-// probability(z, top + tau) has the same bits in both passes.
+// tau holds the threshold, a float, exactly: probability(z, tau) has the same bits in both passes.
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/attention_hopper.cuh"
@@ -167,17 +166,11 @@ class RouteRows {
     products_wait<0>();
     pin(z);
   }
-  /// From there to what entmax_float.cuh takes, not shifted: -infinity where a row has no such
-  /// candidate.
+  /// From there to what entmax_float.cuh takes: -infinity where a row has no such candidate.
   __device__ void scale(float (&z)[8][4], int tile) const {
+    scale(z);
     const int c0 = 64 * tile;
     const bool whole = c0 >= init_ && c0 + 64 <= min(end[0], end[1]);
-    // Not part of an fma, so that it has the same bits whatever a sweep makes of it.
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) z[j][e] = __fmul_rn(z[j][e], factor_);
-    }
     if (__all_sync(0xffffffffu, whole)) return;
     const int lane_c0 = c0 + static_cast<int>(threadIdx.x) % 4 * 2, from = init_ - lane_c0;
     const int to[2] = {end[0] - lane_c0, end[1] - lane_c0};
@@ -188,6 +181,15 @@ class RouteRows {
         const int c = 8 * j + e % 2;
         if (c < from || c >= to[e / 2]) z[j][e] = -INFINITY;
       }
+    }
+  }
+  /// The same where all are candidates.
+  __device__ void scale(float (&z)[8][4]) const {
+    // Not part of an fma, so that it has the same bits whatever a sweep makes of it.
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) z[j][e] = __fmul_rn(z[j][e], factor_);
     }
   }
 

@@ -1,25 +1,25 @@
-// The way back through DashAttention's router on Hopper, first half: from D, the sums of dS, to
-// gradients of the routing weights, dw, and of the queries.
+// The way back through DashAttention's router on Hopper, second kernel: from dw to dq and dkbar.
 //
-// A thread block takes items: neighbouring queries of one kv head, 64 / g for each warpgroup. Tiles
-// of 64 summaries go through a ring of stages, which the warpgroups share, once a sweep:
+// Gradients are 0 off the support, so that a row tile needs scores only of the chunks that its
+// queries route to. A thread block, one warpgroup, goes over row tiles, gathers the summaries of
+// their unions, 64 at a time, a pack, and takes
 //
-//   sweep 1: z -> the largest entry of a row, from which tau counts
-//   sweep 2: z -> p, registers -> a tile in shared memory -> w -> x, scratch in L2: 1 / (sigma g
-//            (w + eps)) on the support, 0 off it; of rows, the sums of s, s x and s x D
-//   between: dw = x (D - mean D over the support), in D's place; centre = sum s dw / sum s
-//   sweep 3: z, dw -> dz, bf16, registers -> dq += dz kbar, registers
+//   sweep 1: z -> s, registers; of rows, the sums of s and s dw -> centre = sum s dw / sum s
+//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16, registers and shared
+//            -> dq += dz kbar, registers; dz^T q, registers -> added to the part's sums, in L2
 //
-// Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 6.7e7 pairs of a row and a candidate,
-// 2 D operations for each in seven products: 1.2e11, 0.12 ms at 989 TFLOP/s; summaries from L2,
-// 4096 items of 2.5 tiles of 32, 32 and 48 KB: 1.1 GB, 0.2 ms; about 50 other operations a pair,
-// 0.1 ms beside both.
+// Mostly one pack is all: each score is then computed once. A block's row tiles are its part of
+// dkbar, whose sums no other block adds to; a last kernel adds parts up, in order. The thread
+// blocks of a multiprocessor, three or four, overlap what each waits for. Their registers do not
+// hold all that stays the same from row tile to row tile: each loads about 60 words of it.
 //
-// It took about 600 us when each tile's D and dw, tau and dq were waited for where they are needed,
-// eight warps having little else to do. All are asked for a tile or a sweep ahead, but for D where
-// g = 1, whose table has no room for two tiles. That was to leave 520 us; an H100 still takes about
-// 640. Where D = 64, rows of dq waiting in registers make a few words spill, of which a tile takes
-// one.
+// Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 at density 0.125: 8192 row tiles, of
+// whose pack neighbours that look alike fill about 24 rows of 64; 8 D operations for each of its
+// 4096 pairs, 3.4e10, 35 us at 989 TFLOP/s; from and to L2 24 rows of 768 bytes of summaries and of
+// 1 KB of sums, q and dq, 90 KB a row tile in all: 0.74 GB, 0.13 ms; about 1300 instructions a
+// warp, 50 us beside both. Expected: 0.16 ms. Before, three sweeps over all candidates, of which
+// the first was for the rows' largest entries and the second for the weights, took 0.64 ms for dq,
+// and one more for dkbar 0.19 ms.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -28,414 +28,389 @@
 namespace entrain::cuda {
 namespace {
 
-template <int D>
-struct QueryHalf {
-  static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
-  static constexpr int block_bytes = D / 64 * panel_bytes, stage_bytes = 2 * block_bytes;
-  static constexpr int stages = D == 64 ? 5 : 3;
-  // The warpgroups' rows, stages, two tables of each, means of D, barriers.
-  static constexpr int stages_at = groups * block_bytes;
-  static constexpr int tables_at = stages_at + stages * stage_bytes;
-  static constexpr int means_at = tables_at + groups * 2 * RowTile::bytes;
-  static constexpr int barriers_at = means_at + groups * block_rows * 4;
-  static constexpr int shared_bytes = 1024 + barriers_at + 8 * (2 * stages + 2 * groups);
+constexpr int threads = warpgroup;
 
-  /// Of the warpgroup's own rows, behind those of the stages.
-  __device__ static Ring<1> own(uint32_t barriers, int group) {
-    return {barriers + 8 * (2 * stages + 2 * group)};
+/// Shared memory: the rows of q; of a pack, three parts of summaries, of which dz takes the place
+/// of the first, chunks and dw; a barrier; which chunks have sums.
+template <int D>
+struct Layout {
+  static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
+  static constexpr int block_bytes = D / 64 * panel_bytes;
+  static constexpr int parts_at = block_bytes, rounded_at = parts_at + 2 * block_bytes;
+  static constexpr int list_at = rounded_at + block_bytes;
+  static constexpr int barrier_at = list_at + 64 * 4;
+  static constexpr int dw_at = barrier_at + 16;
+
+  __host__ __device__ static int summed_at(int queries) {
+    return dw_at + queries * RowTile::step * 4;
   }
+  static int shared_bytes(int queries, int tiles) { return 1024 + summed_at(queries) + 8 * tiles; }
 };
 
-/// A warpgroup on its way through items.
+/// Whole tiles whose chunks of the union, 64 at most, are gathered; how many these are.
+struct Pack {
+  int begin, end, count;
+};
+
+/// A warpgroup on its way through its part of a head's row tiles.
 template <int D>
 class QueryRows {
  public:
-  using Shape = QueryHalf<D>;
+  using Shape = Layout<D>;
 
-  __device__ QueryRows(const HopperRouteBackward& p, char* memory, uint32_t barriers)
+  __device__ QueryRows(const HopperRouteBackward& p, int head, int part, char* memory)
       : p_(p),
-        group_(static_cast<int>(threadIdx.x) / warpgroup),
-        shared_(shared_address(memory)),
-        tables_(memory + Shape::tables_at + 2 * group_ * RowTile::bytes),
-        means_(reinterpret_cast<float*>(memory + Shape::means_at) + group_ * block_rows),
-        factor_step_(block_rows * p.tiles),
-        factors_(p.factors +
-                 (int64_t{blockIdx.x} * Shape::groups + group_) * p.route.queries * factor_step_),
-        ring_{barriers},
-        own_(Shape::own(barriers, group_)),
-        rows_(p.route) {}
+        memory_(memory),
+        shared_(uniform(static_cast<int>(shared_address(memory)))),
+        list_(reinterpret_cast<int*>(memory + Shape::list_at)),
+        dw_(memory + Shape::dw_at),
+        summed_(reinterpret_cast<uint64_t*>(memory + Shape::summed_at(p.route.queries))),
+        head_(head),
+        part_(part),
+        rows_(p.route) {
+    if (threadIdx.x == 0) {
+      barrier_init(barrier(), 1);
+      barrier_init_done();
+    }
+    for (int tile = thread(); tile < p.tiles; tile += threads) summed_[tile] = 0;
+    // Nobody's rows take part in sums over rows.
+    for (int panel = 0; panel < D / 64; ++panel) {
+      for (int x = p.route.queries * p.route.g * 128 + 16 * thread(); x < panel_bytes;
+           x += 16 * threads) {
+        *reinterpret_cast<uint4*>(memory + panel * panel_bytes + x) = uint4{};
+      }
+    }
+    show_to_engines();
+    __syncthreads();
+  }
 
   template <class Entmax>
-  __device__ __forceinline__ void take(const RouteItem& item, const Entmax& entmax,
+  __device__ __forceinline__ void take(int row_tile, const CUtensorMap& q, const Entmax& entmax,
                                        const Rows<bf16>& dq) {
-    place(item);
-    warpgroup_sync(1 + group_);  // the last item's tables are done with
-    if (two_fit()) copy_sums(item.begin);
-    find_thresholds();
-    weigh(entmax);
-    put_weight_gradients();
-    put_numbers();
-    add_query_gradients(entmax, dq);
+    place(row_tile);
+    int from = item_.begin, last = -1;  // where the next pack begins; sweep 2: and the last one
+    Pack pack = find(from);
+    if (pack.count == 0) return;
+    if (threadIdx.x == 0) copy_rows<D>(Block{shared_}, q, barrier(), p_.route, item_, item_.first);
+    float total[2] = {0, 0}, weighted[2] = {0, 0}, sum[D / 8][4] = {};
+    pin(sum);
+#pragma unroll 1
+    for (;;) {
+      copy(pack.end == item_.end || last >= 0);
+      barrier_wait(barrier(), phase_);
+      float s[8][4];
+      weigh(s, entmax);
+      from = pack.end;
+      if (last < 0) {
+        sum_up(s, total, weighted);
+        if (from == item_.end) {
+          find_centres(total, weighted);
+          last = pack.begin;
+          from = item_.begin;
+        }
+      }
+      if (last >= 0) {
+        add_gradients(sum, s);
+        mark_sums(pack);
+        if (from == last) break;
+      }
+      pack = find(from);
+    }
+    phase_ ^= 1;
+    add_to(dq, sum);
+  }
+
+  /// For who adds parts up.
+  __device__ void put_summed() const {
+    __syncthreads();
+    uint64_t* to = p_.summed + p_.part_of(head_, part_) * p_.tiles;
+    for (int tile = thread(); tile < p_.tiles; tile += threads) to[tile] = summed_[tile];
   }
 
  private:
-  __device__ __forceinline__ void place(const RouteItem& item) {
-    item_ = item;
-    first_ = item.first + group_ * p_.route.queries;
-    count_ = max(0, min(p_.route.queries, p_.route.N - first_));
-    rows_.place(p_.route, first_, count_);
-    own_.wait_full();
-    rows_.load(Block{shared_ + group_ * Shape::block_bytes});
-    warp_arrive(own_.empty(0));
-    own_.next();
+  /// Read anew each time: else what follows from it stays in registers from row tile to row tile.
+  __device__ static int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+  }
+  __device__ uint32_t barrier() const {
+    return shared_ + Shape::barrier_at;
+  }
+  /// Of the thread's row i, within the group.
+  __device__ __forceinline__ int head_of_row(int i) const {
+    return rows_.lane_row(i) % p_.route.g;
+  }
+
+  __device__ __forceinline__ void place(int row_tile) {
+    const int first = row_tile * p_.route.queries;
+    count_ = min(p_.route.queries, p_.route.N - first);
+    item_ = {head_ / p_.route.Hkv, head_ % p_.route.Hkv, first, p_.route.first_tile(),
+             p_.route.end_tile(first + count_ - 1)};
+    union_ = p_.union_of(head_, row_tile);
+    rows_.place(p_.route, first, count_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
-      numbers_[i] = {0, 0, rows_.end[i]};
+      const double* tau = p_.tau + p_.route.at_row(item_, first + row_[i], head_of_row(i));
+      threshold_[i] = rows_.routes(i) ? static_cast<float>(*tau) : 0;
     }
   }
 
-  /// Of the thread's row i, within the group.
-  __device__ __forceinline__ int head(int i) const {
-    return rows_.lane_row(i) % p_.route.g;
-  }
-  __device__ __forceinline__ uint32_t stage() const {
-    return shared_ + Shape::stages_at + ring_.stage * Shape::stage_bytes;
-  }
-  __device__ RowTile table(int i) const {
-    return RowTile(tables_ + i * RowTile::bytes);
-  }
-  /// Whether the second table has room for D of two tiles, so that the next tile's may come early.
-  __device__ bool two_fit() const {
-    return p_.route.queries <= block_rows / 2;
-  }
-  __device__ RowTile sums(int tile) const {
-    return RowTile(table(1).at(two_fit() ? tile % 2 * (block_rows / 2) : 0, 0));
-  }
-  __device__ __forceinline__ void copy_sums(int tile) const {
-    copy_columns(sums(tile), p_.dbias_of(item_, first_), p_.route, tile, count_);
-  }
-  __device__ __forceinline__ void score(float (&z)[8][4], int tile) {
-    ring_.wait_full();
-    rows_.multiply(z, stage());
-    warp_arrive(ring_.empty(ring_.stage));
-    ring_.next();
-    rows_.scale(z, tile);
+  /// Lists the next chunks of the union, in tiles from `from` on.
+  __device__ __forceinline__ Pack find(int from) const {
+    const int lane = thread() % 32, bit = thread() % 64, half = thread() / 64;
+    __syncthreads();  // the last pack is done with
+    int found = 0, at = from, taken = 32;
+    while (taken == 32 && at < item_.end) {
+      const uint64_t word = at + lane < item_.end ? union_[at + lane] : 0;
+      int up_to = __popcll(word);  // and the lanes before
+#pragma unroll
+      for (int o = 1; o < 32; o *= 2) {
+        const int before = __shfl_up_sync(~0u, up_to, o);
+        if (lane >= o) up_to += before;
+      }
+      taken = __popc(__ballot_sync(~0u, found + up_to <= 64));
+      for (int i = half; i < min(taken, item_.end - at); i += 2) {
+        const uint64_t bits = __shfl_sync(~0u, word, i);
+        const int before = found + __shfl_sync(~0u, up_to, i) - __popcll(bits);
+        if (bits >> bit & 1) {
+          list_[before + __popcll(bits & ((uint64_t{1} << bit) - 1))] = 64 * (at + i) + bit;
+        }
+      }
+      if (taken > 0) found += __shfl_sync(~0u, up_to, taken - 1);
+      at = min(at + taken, item_.end);
+    }
+    if (half == 0 && bit >= found) list_[bit] = p_.route.M;  // no such chunk
+    __syncthreads();
+    return {from, at, found};
   }
 
-  /// Of the query in the thread's row i.
-  __device__ __forceinline__ float tau(int i) const {
-    if (!rows_.routes(i)) return 0;
-    return static_cast<float>(p_.tau[p_.route.at_row(item_, first_ + row_[i], head(i))]);
+  /// Starts copies of the listed chunks' summaries, of rounded ones where wanted, and of their dw;
+  /// zeros after the last.
+  __device__ __forceinline__ void copy(bool rounded) const {
+    const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
+    const bf16* from = p_.summaries + head_ * p_.elements_of_head();
+#pragma unroll 2
+    for (int x = thread(); x < 64 * D / 8; x += threads) {
+      const int row = x / (D / 8), piece = x % (D / 8), c = list_[row];
+      const bool is = c < p_.route.M;
+      const bf16* source = from + int64_t{c} * D + 8 * piece;
+      const uint32_t to = shared_ + Shape::parts_at + piece / 8 * panel_bytes + row * 128 +
+                          (piece % 8 ^ row % 8) * 16;
+      copy_async<16>(to, source, is);
+      copy_async<16>(to + Shape::block_bytes, source + step, is);
+      if (rounded) copy_async<16>(to + 2 * Shape::block_bytes, source + 2 * step, is);
+    }
+    const int column = thread() % 64, c = list_[column];
+    const float* dw = p_.dbias + p_.route.at_query(item_, item_.first) * p_.route.M + c;
+#pragma unroll 4
+    for (int i = thread() / 64; i < p_.route.queries; i += threads / 64) {
+      copy_async<4>(shared_address(dw_.at(i, column)), dw + int64_t{i} * p_.route.M,
+                    c < p_.route.M && i < count_);
+    }
   }
-  __device__ __forceinline__ void find_thresholds() {
-    const float taus[2] = {tau(0), tau(1)};
-    float top[2] = {-INFINITY, -INFINITY};
-#pragma unroll 1
-    for (int tile = item_.begin; tile < item_.end; ++tile) {
-      float z[8][4];
-      score(z, tile);
+
+  /// s = p^(2 - alpha) of what was copied.
+  template <class Entmax>
+  __device__ __forceinline__ void weigh(float (&s)[8][4], const Entmax& entmax) {
+    rows_.load(Block{shared_});  // anew: sums have their registers meanwhile
+    wait_copies();
+    show_to_engines();
+    __syncthreads();
+    rows_.multiply(s, shared_ + Shape::parts_at);
+    rows_.scale(s);
+    const int2* chunks = reinterpret_cast<const int2*>(list_) + thread() % 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < 8; ++j) {
+      const int2 c = chunks[4 * j];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) top[e / 2] = fmaxf(top[e / 2], z[j][e]);
+      for (int e = 0; e < 4; ++e) {
+        const bool is = (e % 2 == 0 ? c.x : c.y) < rows_.end[e / 2];
+        s[j][e] = is ? entmax.weight(s[j][e], threshold_[e / 2]) : 0;
       }
     }
+  }
+  __device__ __forceinline__ void sum_up(const float (&s)[8][4], float (&total)[2],
+                                         float (&weighted)[2]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 dw = dw_.pair(row_[i], j);
+        total[i] += s[j][2 * i] + s[j][2 * i + 1];
+        weighted[i] += s[j][2 * i] * dw.x + s[j][2 * i + 1] * dw.y;
+      }
+    }
+  }
+  __device__ __forceinline__ void find_centres(const float (&total)[2],
+                                               const float (&weighted)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      top[i] = Lanes(4).max(top[i]);
-      if (rows_.routes(i)) numbers_[i].threshold = top[i] + taus[i];
+      const float all = Lanes(4).sum(total[i]), of_dw = Lanes(4).sum(weighted[i]);
+      centre_[i] = all > 0 ? of_dw / all : 0;
     }
   }
 
-  /// Leaves x in scratch and, of rows, sums of s, s x and s x D.
-  template <class Entmax>
-  __device__ __forceinline__ void weigh(const Entmax& entmax) {
-    const DashRouting& routing = p_.route.routing;
-    const auto sigma_g = static_cast<float>(routing.sigma * p_.route.g);
-    const auto eps = static_cast<float>(routing.prior_eps);
-    const RowTile p_tile = table(0);
-    const int warp = static_cast<int>(threadIdx.x) % warpgroup / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums, 64 dimensions at a time.
+  __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) sum_[i] = sum_x_[i] = sum_xd_[i] = 0;
-#pragma unroll 1
-    for (int tile = item_.begin; tile < item_.end; ++tile) {
-      const RowTile d_tile = sums(tile);
-      warpgroup_sync(1 + group_);  // the last tables are done with
-      if (!two_fit()) copy_sums(tile);
-      float z[8][4], p[8][4];
-      score(z, tile);
+    for (int j = 0; j < 8; ++j) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float threshold = numbers_[e / 2].threshold;
-          p[j][e] = entmax.probability(z[j][e], threshold);
-          z[j][e] = entmax.weight(z[j][e], threshold);
-        }
-      }
-      p_tile.put(p);
-      wait_copies();
-      warpgroup_sync(1 + group_);
-      if (two_fit() && tile + 1 < item_.end) copy_sums(tile + 1);
-      for (int i = warp; i < p_.route.queries; i += 4) {
-        const float2 means = p_tile.means(i, p_.route.g);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float w = half == 0 ? means.x : means.y;
-          const float x = w > least_weight ? 1 / (sigma_g * (w + eps)) : 0;
-          factors_[i * factor_step_ + 64 * tile + 32 * half + lane] = x;
-          *p_tile.at(i * p_.route.g, 32 * half + lane) = x;  // nobody else reads what was there
-        }
-      }
-      warpgroup_sync(1 + group_);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 x = p_tile.pair(row_[i] * p_.route.g, j), d = d_tile.pair(row_[i], j);
-          const float* s = &z[j][2 * i];
-          const float sx[2] = {s[0] * x.x, s[1] * x.y};
-          sum_[i] += s[0] + s[1];
-          sum_x_[i] += sx[0] + sx[1];
-          sum_xd_[i] += sx[0] * d.x + sx[1] * d.y;
-        }
+      for (int i = 0; i < 2; ++i) {
+        const float2 dw = dw_.pair(row_[i], j);
+        s[j][2 * i] *= dw.x - centre_[i];
+        s[j][2 * i + 1] *= dw.y - centre_[i];
       }
     }
-  }
-
-  /// dw and the means of D; a warp takes a query. Lanes read again what they read before.
-  __device__ __forceinline__ void put_weight_gradients() {
-    const int warp = static_cast<int>(threadIdx.x) % warpgroup / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int begin = 64 * item_.begin, end = min(64 * item_.end, p_.route.M);
-    for (int i = warp; i < count_; i += 4) {
-      float* const ds = p_.dbias_of(item_, first_ + i);
-      const float* const xs = factors_ + i * factor_step_;
-      // Calls f(x, D, where it is) for the lane's chunks, of which it reads eight at a time.
-      const auto for_chunks = [&](auto f) {
-        constexpr int batch = 8;
-        for (int from = begin + lane; from < end; from += 32 * batch) {
-          float x[batch], d[batch];
-#pragma unroll
-          for (int k = 0; k < batch; ++k) {
-            const int c = from + 32 * k;
-            x[k] = c < end ? xs[c] : 0;
-            d[k] = c < end ? ds[c] : 0;
-          }
-#pragma unroll
-          for (int k = 0; k < batch; ++k) {
-            if (from + 32 * k < end) f(x[k], d[k], ds + from + 32 * k);
-          }
-        }
-      };
-      float mean = 0;
-      if (p_.route.routing.center) {
-        float sum = 0;
-        int support = 0;
-        for_chunks([&](float x, float d, float*) {
-          sum += x > 0 ? d : 0;
-          support += x > 0 ? 1 : 0;
-        });
-        sum = warp_sum(sum);
-        support = warp_sum(support);
-        mean = support > 0 ? sum / static_cast<float>(support) : 0;
-      }
-      for_chunks([&](float x, float d, float* at) { *at = x > 0 ? x * (d - mean) : 0; });
-      if (lane == 0) means_[i] = mean;
-    }
-    warpgroup_sync(1 + group_);
-  }
-
-  /// The centres, and what the second half wants to know.
-  __device__ __forceinline__ void put_numbers() {
-    RowNumbers* to = p_.rows_of(item_, first_ / p_.route.queries);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float sum = Lanes(4).sum(sum_[i]), sum_x = Lanes(4).sum(sum_x_[i]);
-      const float sum_xd = Lanes(4).sum(sum_xd_[i]);
-      if (sum > 0) numbers_[i].centre = (sum_xd - means_[row_[i]] * sum_x) / sum;
-      if (count_ > 0 && threadIdx.x % 4 == 0) to[rows_.lane_row(i)] = numbers_[i];
-    }
-  }
-
-  template <class Entmax>
-  __device__ __forceinline__ void add_query_gradients(const Entmax& entmax, const Rows<bf16>& dq) {
-    const auto copy_dw = [&](int tile) {
-      copy_columns(table(tile % 2), p_.dbias_of(item_, first_), p_.route, tile, count_);
-    };
-    copy_dw(item_.begin);
-    uint32_t old[2][D / 8];  // of dq, long before it is needed
-    read_rows(old, dq);
-    float sum[D / 8][4] = {};
     Fragment dz[4];
-    pin(sum);
-    int before = 0;
-#pragma unroll 1
-    for (int tile = item_.begin; tile < item_.end; ++tile) {
-      const RowTile dw = table(tile % 2);
-      float z[8][4];
-      score(z, tile);  // the last product is complete, too
-      if (tile > item_.begin) warp_arrive(ring_.empty(before));
-      wait_copies();
-      warpgroup_sync(1 + group_);  // the other table is done with, too
-      if (tile + 1 < item_.end) copy_dw(tile + 1);
-      score_gradients(z, entmax, numbers_, dw, row_);
-      round_to(dz, z);
-      ring_.wait_full();
+    round_to(dz, s);
+    __syncthreads();  // all have their scores
+    put_rounded(s, memory_ + Shape::parts_at);
+    show_to_engines();
+    __syncthreads();
+    products_fence();
+    add_product(sum, dz, Block{shared_ + Shape::rounded_at});
+    products_commit();
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      const Block dz_block{shared_ + Shape::parts_at}, q{shared_ + panel * panel_bytes};
       products_fence();
-      add_product(sum, dz, Block{stage()});
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        product_of_columns(s, dz_block.columns(step), q.columns(step), step > 0);
+      }
       products_commit();
-      before = ring_.stage;
-      ring_.next();
+      products_wait<0>();
+      pin(s);
+      pin(sum);
+      add_to_part(s, 64 * panel);
     }
-    products_wait<0>();
-    pin(sum);
-    warp_arrive(ring_.empty(before));
-    add_rows(sum, old, dq);
   }
-
-  /// Where the thread has parts of its row i of dq, a pair of every eight columns.
-  __device__ __forceinline__ uint32_t* row_of(const Rows<bf16>& dq, int i) const {
-    bf16* row = dq.at(item_.b, item_.r * p_.route.g + head(i), first_ + row_[i]);
-    return reinterpret_cast<uint32_t*>(row) + threadIdx.x % 4;
-  }
-  __device__ __forceinline__ void read_rows(uint32_t (&old)[2][D / 8], const Rows<bf16>& dq) const {
+  /// Rows are places in the list; where a chunk has no sums yet, these are its first.
+  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], int column) const {
+    float* const sums = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + column;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t* from = row_of(dq, i);
+      const int c = list_[rows_.lane_row(i)];
+      if (c == p_.route.M) continue;
+      float2* to = reinterpret_cast<float2*>(sums + int64_t{c} * D) + thread() % 4;
+      const bool adds = summed_[c / 64] >> c % 64 & 1;
+      float2 old[8];
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) old[i][j] = rows_.routes(i) ? from[4 * j] : 0;
+      for (int j = 0; j < 8; ++j) old[j] = adds ? to[4 * j] : float2{};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        to[4 * j] = make_float2(old[j].x + sum[j][2 * i], old[j].y + sum[j][2 * i + 1]);
+      }
     }
   }
-  __device__ __forceinline__ void add_rows(const float (&sum)[D / 8][4],
-                                           const uint32_t (&old)[2][D / 8],
-                                           const Rows<bf16>& dq) const {
+  /// The chunks of a pack have sums now.
+  __device__ void mark_sums(const Pack& pack) const {
+    __syncthreads();
+    for (int tile = pack.begin + thread(); tile < pack.end; tile += threads) {
+      summed_[tile] |= union_[tile];
+    }
+  }
+
+  /// dq += scale sum: the thread has a pair of every eight columns of its rows.
+  __device__ __forceinline__ void add_to(const Rows<bf16>& dq, const float (&sum)[D / 8][4]) const {
     const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      uint32_t* to = row_of(dq, i);
+      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head_of_row(i), item_.first + row_[i]);
+      uint32_t* to = reinterpret_cast<uint32_t*>(row) + thread() % 4;
+      uint32_t old[D / 8];
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) old[j] = to[4 * j];
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        to[4 * j] = pack(__uint_as_float(old[i][j] << 16) + scale * sum[j][2 * i],
-                         __uint_as_float(old[i][j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
+        to[4 * j] = pack(__uint_as_float(old[j] << 16) + scale * sum[j][2 * i],
+                         __uint_as_float(old[j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
       }
     }
   }
 
   const HopperRouteBackward& p_;
-  const int group_;
+  char* const memory_;
   const uint32_t shared_;
-  char* const tables_;  // two
-  float* const means_;  // of D, by query
-  const int factor_step_;
-  float* const factors_;  // x [queries, factor_step_]
-  Ring<Shape::stages> ring_;
-  Ring<1> own_;
+  int* const list_;         // the pack's chunks, ascending, then M
+  const RowTile dw_;        // by query and place in the list
+  uint64_t* const summed_;  // by tile: the chunks that have sums
+  const int head_, part_;   // head: kv head and batch
   RouteRows<D> rows_;
+  uint32_t phase_ = 0;  // of the barrier of q
+
+  // Of the row tile.
+  int count_;  // queries
   RouteItem item_;
-  int first_, count_;  // queries
-  int row_[2];         // queries of the thread's rows, from first_ on; 0 where they do not route
-  RowNumbers numbers_[2];  // of these rows
-  float sum_[2], sum_x_[2], sum_xd_[2];
+  const uint64_t* union_;
+  int row_[2];  // queries of the thread's rows, from the first on; 0 where they do not route
+  float threshold_[2], centre_[2];
 };
 
-/// The thread that copies.
+/// Grid: parts times kv heads and batch.
 template <int D>
-__device__ void copy_ahead(const CUtensorMap& q, const CUtensorMap& high, const CUtensorMap& low,
-                           const CUtensorMap& rounded, const HopperRoute& p, uint32_t shared,
-                           uint32_t barriers) {
-  using Shape = QueryHalf<D>;
-  Ring<Shape::stages> ring{barriers};
-  uint32_t parity = 0;
-  for_items(p.items(Shape::groups), [&](int index) {
-    const RouteItem item = p.item(index, Shape::groups);
-    if (item.begin == item.end) return;
-    for (int i = 0; i < Shape::groups; ++i) {
-      Ring<1> own = Shape::own(barriers, i);
-      own.parity = parity;
-      own.wait_empty();
-      copy_rows<D>(Block{shared + i * Shape::block_bytes}, q, own.full(), p, item,
-                   item.first + i * p.queries);
-    }
-    parity ^= 1;
-    const auto stage = [&] { return shared + Shape::stages_at + ring.stage * Shape::stage_bytes; };
-    for (int sweep = 1; sweep <= 3; ++sweep) {
-      for (int tile = item.begin; tile < item.end; ++tile) {
-        ring.wait_empty();
-        copy_tile<D>(stage(), high, low, ring.full(), item, tile);
-        ring.next();
-        if (sweep < 3) continue;
-        ring.wait_empty();
-        barrier_arrive_expecting(ring.full(), Shape::block_bytes);
-        copy_block<D>(Block{stage()}, rounded, ring.full(), 64 * tile, item.r, item.b);
-        ring.next();
-      }
-    }
-  });
-}
-
-template <int D>
-__global__ void __launch_bounds__(QueryHalf<D>::threads, 1)
-    query_gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap high,
-                    const __grid_constant__ CUtensorMap low,
-                    const __grid_constant__ CUtensorMap rounded,
-                    const __grid_constant__ HopperRouteBackward p, const Rows<bf16> dq) {
+__global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
+    gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ HopperRouteBackward p,
+              const Rows<bf16> dq) {
 #ifdef ENTRAIN_HOPPER
-  using Shape = QueryHalf<D>;
-  constexpr int groups = Shape::groups;
-  const uint32_t at = shared_address(dynamic_shared()), shared = (at + 1023) / 1024 * 1024;
-  const uint32_t barriers = shared + Shape::barriers_at;
-  if (threadIdx.x == 0) {
-    Ring<Shape::stages>::init(barriers, 4 * groups);
-    for (int i = 0; i < groups; ++i) Ring<1>::init(Shape::own(barriers, i).barriers, 4);
-    barrier_init_done();
-  }
-  __syncthreads();
-
-  if (threadIdx.x / warpgroup == groups) {
-    fewer_registers<groups == 3 ? 32 : 24>();
-    if (threadIdx.x % warpgroup != 0) return;
-    copy_ahead<D>(q, high, low, rounded, p.route, shared, barriers);
-    return;
-  }
-  more_registers<groups == 3 ? 160 : 240>();
+  const uint32_t at = shared_address(dynamic_shared());
+  char* const memory = dynamic_shared() + ((at + 1023) / 1024 * 1024 - at);
+  const int head = static_cast<int>(blockIdx.x) % p.heads;
+  const int part = static_cast<int>(blockIdx.x) / p.heads;
+  QueryRows<D> rows(p, head, part, memory);
   by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) {
-    QueryRows<D> rows(p, dynamic_shared() + (shared - at), barriers);
-    for_items(p.route.items(groups), [&](int index) {
-      const RouteItem item = p.route.item(index, groups);
-      if (item.begin < item.end) rows.take(item, entmax, dq);
-    });
+#pragma unroll 1
+    for (int x = 0; x < 2 * p.run; ++x) {
+      const int row_tile = x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
+      if (row_tile < p.row_tiles) rows.take(row_tile, q, entmax, dq);
+    }
   });
+  rows.put_summed();
 #endif
 }
 
-/// Sizes, and how sums over rows are cut: into about three times as many as an H100 has
-/// multiprocessors, on any GPU, so that sums do not depend on it.
+/// dkbar = scale times the parts' sums, in order; 0 where nobody routes.
+__global__ void __launch_bounds__(256)
+    sum_parts(const __grid_constant__ HopperRouteBackward p, int64_t total, double* dkbar) {
+  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (x >= total) return;
+  const int64_t row = x / p.route.D, step = p.elements_of_head();
+  const int head = static_cast<int>(row / p.route.M), c = static_cast<int>(row % p.route.M);
+  const float* from = p.sums + p.part_of(head, 0) * step + x % step;
+  const uint64_t* summed = p.summed + p.part_of(head, 0) * p.tiles + c / 64;
+  double sum = 0;
+#pragma unroll 16
+  for (int part = 0; part < p.parts; ++part) {
+    sum += summed[part * p.tiles] >> c % 64 & 1 ? from[part * step] : 0;
+  }
+  dkbar[x] = p.route.alpha_gamma[1] / sqrt(static_cast<double>(p.route.D)) * sum;
+}
+
+/// Sizes, and how sums over rows are cut: into as many parts as thread blocks of an H100 take at
+/// once, on any GPU, so that sums do not depend on it. Two runs a part, as late queries have more
+/// candidates.
 HopperRouteBackward backward_sizes(const Shape& q, const Shape& kbar) {
   const int64_t heads = kbar[0] * kbar[1], queries = block_rows / (q[1] / kbar[1]);
-  const int64_t tiles = ceil_div(kbar[2], 64), row_tiles = ceil_div(q[2], queries);
-  // Half of all pairs of a row tile and 128 chunks have candidates, and those on the diagonal.
-  const int64_t wanted = ceil_div(6 * 132, heads * (ceil_div(tiles, 2) + 1));
-  const int64_t segment = ceil_div(row_tiles, wanted);
+  const int64_t row_tiles = ceil_div(q[2], queries), blocks = 132 * (q[3] == 64 ? 4 : 3);
+  const int64_t run = ceil_div(row_tiles, 2 * ceil_div(blocks, heads));
   const auto whole = [](int64_t n) { return static_cast<int>(n); };
-  return {whole(heads), whole(tiles), whole(row_tiles), whole(segment),
-          whole(ceil_div(row_tiles, segment))};
+  return {whole(heads), whole(ceil_div(kbar[2], 64)), whole(row_tiles), whole(run),
+          whole(ceil_div(row_tiles, 2 * run))};
 }
 
 /// Where the parts of scratch begin, in bytes, the summaries at 0.
 struct BackwardScratch {
-  int64_t rows, factors, sums, bytes;
+  int64_t unions, summed, sums, bytes;
 
-  BackwardScratch(const HopperRouteBackward& p, const Shape& q, const Shape& kbar) {
-    const int64_t tile_floats = 64 * int64_t{p.tiles};
-    rows = Summaries::scratch(kbar) * int64_t{sizeof(double)};
-    factors = rows + int64_t{p.heads} * p.row_tiles * block_rows * int64_t{sizeof(RowNumbers)};
-    const int64_t most_groups = 3 * int64_t{multiprocessors()};
-    sums = factors + 4 * most_groups * (block_rows / (q[1] / kbar[1])) * tile_floats;
-    bytes = sums + 4 * int64_t{p.heads} * p.segments * tile_floats * q[3];
+  BackwardScratch(const HopperRouteBackward& p, const Shape& kbar) {
+    const int64_t parts = int64_t{p.heads} * p.parts;
+    unions = Summaries::scratch(kbar) * int64_t{sizeof(double)};
+    summed = unions + 8 * int64_t{p.heads} * p.row_tiles * p.tiles;
+    sums = summed + 8 * parts * p.tiles;
+    bytes = sums + 4 * parts * kbar[2] * kbar[3];
   }
 };
 
@@ -445,33 +420,37 @@ int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar) {
   const int64_t D = q[3], g = kbar[1] > 0 ? q[1] / kbar[1] : 0;
   const bool fits = (D == 64 || D == 128) && g >= 1 && g <= block_rows && kbar.numel() > 0;
   if (!fits || !on_hopper()) return 0;
-  return BackwardScratch(backward_sizes(q, kbar), q, kbar).bytes / int64_t{sizeof(double)};
+  return BackwardScratch(backward_sizes(q, kbar), kbar).bytes / int64_t{sizeof(double)};
 }
 
 bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-                           const Tensor& tau, const Tensor& dbias, const Tensor& dq_sum,
-                           const Tensor& dkbar, const Tensor& scratch) {
+                           const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
+                           const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch) {
   if (!hopper_route_takes(q, kbar, routing)) return false;
-  const Summaries summaries = prepare_summaries(kbar, scratch);
   HopperRouteBackward p = backward_sizes(q.shape, kbar.shape);
-  const BackwardScratch at(p, q.shape, kbar.shape);
+  const BackwardScratch at(p, kbar.shape);
   char* memory = reinterpret_cast<char*>(pointer<double>(scratch));
   p.route = hopper_route_problem(q, kbar, routing, 0);
+  p.summaries = pointer<bf16>(prepare_summaries(kbar, scratch).high);
   p.tau = pointer<double>(tau);
+  p.mask = pointer<uint64_t>(blocks.mask);
+  p.words = static_cast<int>(blocks.mask[3]);
+  p.bias = pointer<float>(blocks.bias);
   p.dbias = pointer<float>(dbias);
-  p.rows = reinterpret_cast<RowNumbers*>(memory + at.rows);
-  p.factors = reinterpret_cast<float*>(memory + at.factors);
+  p.unions = reinterpret_cast<uint64_t*>(memory + at.unions);
+  p.summed = reinterpret_cast<uint64_t*>(memory + at.summed);
   p.sums = reinterpret_cast<float*>(memory + at.sums);
-  const CUtensorMap queries = packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, p.route.D,
-                                         p.route.g, block_rows / p.route.g);
+  hopper_route_dw(p);
   by_dense_head_dim(p.route.D, [&](auto D) {
-    using Shape = QueryHalf<D>;
-    launch("route_backward: dq", query_gradients<D>,
-           std::min(p.route.items(Shape::groups), multiprocessors()), Shape::threads,
-           Shape::shared_bytes, queries, Summaries::map(summaries.high),
-           Summaries::map(summaries.low), Summaries::map(summaries.rounded), p, Rows<bf16>(dq_sum));
+    launch(
+        "route_backward", gradients<D>, int64_t{p.heads} * p.parts, threads,
+        Layout<D>::shared_bytes(p.route.queries, p.tiles),
+        packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, D, p.route.g, p.route.queries),
+        p, Rows<bf16>(dq_sum));
   });
-  hopper_route_dkbar(p, queries, summaries, pointer<double>(dkbar));
+  const int64_t total = int64_t{p.heads} * p.route.M * p.route.D;
+  launch("route_backward: sums", sum_parts, ceil_div(total, 256), 256, 0, p, total,
+         pointer<double>(dkbar));
   return true;
 }
 

@@ -1,87 +1,52 @@
 #pragma once
-// What the two halves of the router's way back on Hopper share (route_hopper_backward.cu,
-// route_hopper_dkbar.cu). With z the scores of a row as entmax takes them,
+// What the two kernels of the router's way back on Hopper share. With z the scores of a row as
+// entmax takes them, and threshold tau's,
 //
-//   p = entmax(z; threshold),  dz = s (dw - centre),  s = p^(2 - alpha),
-//   dq += scale dz kbar,       dkbar = scale dz^T q.
+//   p = entmax(z; threshold),  s = p^(2 - alpha),  dz = s (dw - centre),  centre = sum s dw / sum
+//   s, dq += scale dz kbar,       dkbar = scale dz^T q.
 //
-// The first half leaves dw, one for all heads of a query, and a few numbers of each row to the
-// second. Both compute the scores anew.
+// route_hopper_dw.cu leaves dw, one for all heads of a query, and what the queries of a row tile,
+// 64 / g neighbours of a kv head with their g heads, route to together; route_hopper_backward.cu
+// computes the scores of that anew, and the rest.
 #include "kernels/cuda/route_hopper.cuh"
 
 namespace entrain::cuda {
 
-/// What is known of a row's scores; `end` as in RouteRows.
-struct alignas(16) RowNumbers {
-  float threshold, centre;
-  int end;
-};
-
 /// The way back as kernels take it.
 struct HopperRouteBackward {
-  int heads;              // B Hkv
-  int tiles, row_tiles;   // 64 chunks, the rows of 64 / g queries
-  int segment, segments;  // row tiles whose part of dkbar is summed by itself; how many
+  int heads;             // B Hkv
+  int tiles, row_tiles;  // 64 chunks; the rows of 64 / g queries
+  int run, parts;        // row tiles side by side; the x-th part sums dkbar over the x-th run from
+                         // the start and the x-th from the end
   HopperRoute route = {};
-  const double* tau = nullptr;  // [B, Hq, N]
-  float* dbias = nullptr;       // [B, Hkv, N, M]: D, then dw in tiles with candidates
-  RowNumbers* rows = nullptr;   // [heads, row_tiles, 64]
-  float* factors = nullptr;     // [warpgroups that run, 64 / g, tiles, 64]
-  float* sums = nullptr;        // [heads, segments, tiles, 64, D]: parts of dkbar / scale
+  const bf16* summaries = nullptr;  // [3, heads, M, D]: as Summaries
+  const double* tau = nullptr;      // [B, Hq, N]
+  const uint64_t* mask = nullptr;   // [B, Hkv, N, words]
+  int words = 0;
+  const float* bias = nullptr;  // [B, Hkv, N, M]
+  float* dbias = nullptr;       // [B, Hkv, N, M]: D, then dw on the support
+  uint64_t* unions = nullptr;   // [heads, row_tiles, tiles], in tiles with candidates
+  uint64_t* summed = nullptr;   // [heads, parts, tiles]: the chunks that a part has sums of
+  float* sums = nullptr;        // [heads, parts, M, D]: parts of dkbar / scale
 
-  __device__ RowNumbers* rows_of(const RouteItem& item, int row_tile) const {
-    const int head = item.b * route.Hkv + item.r;
-    return rows + (int64_t{head} * row_tiles + row_tile) * block_rows;
+  /// A query's support in a tile; at: where the query is in [B, Hkv, N].
+  __device__ uint64_t support(int64_t at, int query, int tile) const {
+    const auto before = [tile](int c) {
+      const int bits = c - 64 * tile;
+      return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
+    };
+    return mask[at * words + tile] & before(route.end(query)) & ~before(route.init());
   }
-  __device__ float* dbias_of(const RouteItem& item, int query) const {
-    return dbias + route.at_query(item, query) * route.M;
+  __device__ uint64_t* union_of(int head, int row_tile) const {
+    return unions + (int64_t{head} * row_tiles + row_tile) * tiles;
   }
-  __device__ float* sums_of(int head, int at, int tile) const {
-    return sums + ((int64_t{head} * segments + at) * tiles + tile) * block_rows * route.D;
-  }
-  /// The first with a query that has candidates in a tile of chunks; row_tiles: none.
-  __device__ int first_row_tile(int tile) const {
-    const DashRouting& routing = route.routing;
-    const int64_t candidate = max(64 * tile, route.init());
-    const int64_t query = (candidate + max(routing.local_blocks, int64_t{1})) * routing.chunk;
-    if (candidate >= 64 * tile + 64 || query >= route.N) return row_tiles;
-    return static_cast<int>(query) / route.queries;
-  }
+  __device__ int64_t part_of(int head, int part) const { return int64_t{head} * parts + part; }
+  /// Of summaries, and of a part's sums.
+  __device__ int64_t elements_of_head() const { return int64_t{route.M} * route.D; }
 };
 
-/// dkbar; route_hopper_dkbar.cu.
-void hopper_route_dkbar(const HopperRouteBackward& p, const CUtensorMap& q,
-                        const Summaries& summaries, double* dkbar);
-
-/// Starts copies of a tile's columns of the warpgroup's rows of dbias, `count` queries from `from`
-/// on, to the first rows of a table; zeros after the last query and chunk.
-__device__ __forceinline__ void copy_columns(const RowTile& to, const float* from,
-                                             const HopperRoute& p, int tile, int count) {
-  const int column = static_cast<int>(threadIdx.x) % 64, c = 64 * tile + column;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) % warpgroup / 64; i < p.queries; i += 2) {
-    copy_async<4>(shared_address(to.at(i, column)), from + int64_t{i} * p.M + c,
-                  i < count && c < p.M);
-  }
-}
-
-/// From a tile's scores to their gradients. row: of dw, for the thread's two rows.
-template <class Entmax>
-__device__ __forceinline__ void score_gradients(float (&z)[8][4], const Entmax& entmax,
-                                                const RowNumbers (&numbers)[2], const RowTile& dw,
-                                                const int (&row)[2]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float threshold = numbers[i].threshold, centre = numbers[i].centre;
-      const float2 d = dw.pair(row[i], j);
-      float* both = &z[j][2 * i];
-      both[0] = entmax.weight(both[0], threshold) * (d.x - centre);
-      both[1] = entmax.weight(both[1], threshold) * (d.y - centre);
-    }
-  }
-}
+/// dw and the unions; route_hopper_dw.cu.
+void hopper_route_dw(const HopperRouteBackward& p);
 
 /// Writes an accumulator, rounded, to a block of one panel.
 __device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {

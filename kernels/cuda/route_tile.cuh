@@ -162,25 +162,20 @@ struct RouteTile {
     for (int x = threadIdx.x; x < count * width; x += tile_threads) f(x / width, x % width);
   }
 
-  /// Where entmax is taken of: z, shifted, or w: gamma times the mean of the heads' softmax,
-  /// shifted.
+  /// Where entmax is taken of: z, or w: gamma times the mean of the heads' softmax, which takes the
+  /// place of z.
   __device__ void prepare() {
     const int g = p.shape.g, step = p.shape.z_step;
-    for_rows(rows(), [&](int row, bool is) {
-      const int m = is ? n[row / g] : 0;
-      softmax_first ? softmax_row(z + row * step, m, lanes)
-                    : entmax_shift(z + row * step, m, lanes);
-    });
-    __syncthreads();
     if (!softmax_first) return;
+    for_rows(rows(),
+             [&](int row, bool is) { softmax_row(z + row * step, is ? n[row / g] : 0, lanes); });
+    __syncthreads();
     const double share = gamma / g;
     for_columns([&](int i, int c) {
       double sum = 0;
       for (int h = 0; h < g; ++h) sum += share * z[(i * g + h) * step + c];
       w[i * step + c] = sum;
     });
-    __syncthreads();
-    for_rows(count, [&](int i, bool is) { entmax_shift(w + i * step, is ? n[i] : 0, lanes); });
     __syncthreads();
   }
 

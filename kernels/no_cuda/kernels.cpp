@@ -100,8 +100,9 @@ int64_t Kernels<Device::cuda>::dash_route_scratch(const Shape&, const Shape&) {
   refuse();
 }
 template <>
-void Kernels<Device::cuda>::dash_route_backward(Tensor, Tensor, const DashRouting&, Tensor, Tensor,
-                                                Tensor, Tensor, Tensor) const {
+void Kernels<Device::cuda>::dash_route_backward(Tensor, Tensor, const DashRouting&, Tensor,
+                                                const BlockSet&, Tensor, Tensor, Tensor,
+                                                Tensor) const {
   refuse();
 }
 template <>

@@ -92,7 +92,7 @@ class DashAttention : public AttentionMethod {
         },
         [=](auto kernels) {  // adds to what attention left in q's and k's gradients
           if (!bias.grad) return;
-          kernels.dash_route_backward(q.value, kbar, routing, tau, bias.grad, q.grad, dkbar,
+          kernels.dash_route_backward(q.value, kbar, routing, tau, blocks, bias.grad, q.grad, dkbar,
                                       route_scratch);
           kernels.dash_summaries_backward(k.value, summary.value, routing.chunk, dkbar, k.grad,
                                           summary.grad);

@@ -132,7 +132,7 @@ void run_dash(Case& c) {
   with_kernels(c.device, [&](auto kernels) {
     const Tensor scratch =
         c.make({kernels.dash_route_backward_scratch(a.q.shape, kbar.shape)}, DType::f64);
-    kernels.dash_route_backward(a.q, kbar, routing, tau, dbias, a.dq, dkbar, scratch);
+    kernels.dash_route_backward(a.q, kbar, routing, tau, blocks, dbias, a.dq, dkbar, scratch);
     kernels.dash_summaries_backward(a.k, summary, routing.chunk, dkbar, a.dk, ds);
   });
 }

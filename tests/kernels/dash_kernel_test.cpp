@@ -118,10 +118,6 @@ struct Routed {
             DType::f64),
         read({c.Hkv, read_fields}, DType::f64) {
     routing.alpha_gamma = alpha_gamma;
-    const BlockSet on_host{
-        .block = routing.chunk, .mask = mask.cpu, .bias = bias.cpu, .first = c.first};
-    const BlockSet on_device{
-        .block = routing.chunk, .mask = mask.gpu, .bias = bias.gpu, .first = c.first};
     on_cpu.dash_route(heads(q.cpu, c.D), kbar.cpu, routing, tau.cpu, on_host, weights.cpu, {},
                       read.cpu);
     on_gpu.dash_route(heads(q.gpu, c.D), kbar.gpu, routing, tau.gpu, on_device, weights.gpu,
@@ -134,6 +130,8 @@ struct Routed {
   DashRouting routing = c.routing;
   int64_t M;
   Twin q, kbar, tau, mask, bias, weights, scratch, read;
+  BlockSet on_host{.block = routing.chunk, .mask = mask.cpu, .bias = bias.cpu, .first = c.first};
+  BlockSet on_device{.block = routing.chunk, .mask = mask.gpu, .bias = bias.gpu, .first = c.first};
 };
 
 TEST(DashOnGpu, Summarizes) {
@@ -214,15 +212,15 @@ TEST(DashOnGpu, RoutesBackAsTheCpuDoes) {
                              DType::f64);
       const Twin gpu_scratch({on_gpu.dash_route_backward_scratch(q_shape, r.kbar.cpu.shape)},
                              DType::f64);
-      on_cpu.dash_route_backward(heads(r.q.cpu, c.D), r.kbar.cpu, r.routing, r.tau.cpu, dbias.cpu,
-                                 heads(dq.cpu, c.D), dkbar.cpu, cpu_scratch.cpu);
-      on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, dbias.gpu,
-                                 heads(dq.gpu, c.D), dkbar.gpu, gpu_scratch.gpu);
+      on_cpu.dash_route_backward(heads(r.q.cpu, c.D), r.kbar.cpu, r.routing, r.tau.cpu, r.on_host,
+                                 dbias.cpu, heads(dq.cpu, c.D), dkbar.cpu, cpu_scratch.cpu);
+      on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, r.on_device,
+                                 dbias.gpu, heads(dq.gpu, c.D), dkbar.gpu, gpu_scratch.gpu);
       EXPECT_LT(error_of(dkbar), routing_tolerance(real, 1e-9, 1e-2));
       EXPECT_LT(dq.error(), tolerance(real));
       dbias.send();  // it may be written over
-      on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, dbias.gpu,
-                                 heads(dq2.gpu, c.D), dkbar2.gpu, gpu_scratch.gpu);
+      on_gpu.dash_route_backward(heads(r.q.gpu, c.D), r.kbar.gpu, r.routing, r.tau.gpu, r.on_device,
+                                 dbias.gpu, heads(dq2.gpu, c.D), dkbar2.gpu, gpu_scratch.gpu);
       EXPECT_TRUE(same_bytes(dkbar, dkbar2));
       EXPECT_TRUE(same_bytes(dq, dq2));
     }
