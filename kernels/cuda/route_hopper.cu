@@ -56,24 +56,22 @@ __global__ void __launch_bounds__(256)
   rounded[x] = pack(a, b);
 }
 
-/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists, then two
-/// tiles of p; the stages; barriers; what warpgroups want.
+/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists, then
+/// perhaps two tiles of p; the stages; barriers; what warpgroups want.
 template <int D>
 struct Layout {
-  static constexpr int space_bytes = 64 * Thresholds<Curve::square>::capacity * 4;
+  static constexpr int space_bytes = (HeadLists::bytes + 1023) / 1024 * 1024;
   static constexpr int stages = D == 64 ? 6 : 3, stage_bytes = 2 * D / 64 * panel_bytes;
   static constexpr int stages_at = groups * space_bytes;
   static constexpr int barriers_at = stages_at + stages * stage_bytes;
   static constexpr int own = 2 * stages, agreed = own + groups, barriers = agreed + 1;
   static constexpr int wants_at = barriers_at + 8 * barriers;
   static constexpr int shared_bytes = 1024 + wants_at + 2 * 4 * groups;
-  static_assert(space_bytes % 1024 == 0 && space_bytes >= 2 * RowTile::bytes &&
-                space_bytes >= D / 64 * panel_bytes);
+  static_assert(space_bytes >= 2 * RowTile::bytes && space_bytes >= D / 64 * panel_bytes);
 };
 
 /// How warpgroups and the warp that copies agree on sweeps after the first: each phase of a barrier
-/// says who wants another sweep after the one that begins. Two phases' answers are kept: nobody is
-/// more than one ahead.
+/// says who wants one more. Two phases' answers are kept: nobody is more than one ahead.
 template <int groups>
 class Agreement {
  public:
@@ -119,10 +117,9 @@ __device__ void copy_summaries(const CUtensorMap& high, const CUtensorMap& low,
         ring.next();
       }
     };
-    sweep();
     do {
-      agreement.attend();
       sweep();
+      agreement.attend();
     } while (agreement.another());
   });
 }
@@ -133,9 +130,10 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
                            const FloatEntmax<curve>& entmax, char* memory,
                            Ring<Layout<D>::stages> ring, Agreement<groups> agreement) {
   using Shape = Layout<D>;
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int group = thread / warpgroup, meeting = 1 + group, warp = thread % warpgroup / 32;
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup, warp = uniform(thread / 32);
+  const int group = uniform(static_cast<int>(threadIdx.x) / warpgroup), meeting = 1 + group;
   char* const space = memory + group * Shape::space_bytes;
+  const HeadLists lists{space};
   const Block own_block{shared_address(space)};
   const uint32_t own = ring.barriers + 8 * (Shape::own + group);
   const uint32_t stages = shared_address(memory) + Shape::stages_at;
@@ -148,9 +146,7 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
 
     show_to_engines();
     warpgroup_sync(meeting);  // the last item is done with
-    if (thread % warpgroup == 0) copy_rows<D>(own_block, q, own, p, item, first);
-    Queries queries(p, out, item, first, count);
-    queries.fill_outside(item.begin, end);
+    if (thread == 0) copy_rows<D>(own_block, q, own, p, item, first);
     rows.place(p, first, count);
     barrier_wait(own, own_phase);
     own_phase ^= 1;
@@ -162,7 +158,7 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
       for (int tile = item.begin; tile < item.end; ++tile) {
         float z[8][4];
         ring.wait_full();
-        if (tile < end) rows.multiply(z, stages + ring.stage * Shape::stage_bytes);
+        if (tile < end) rows.multiply(z, stages + uniform(ring.stage) * Shape::stage_bytes);
         warp_arrive(ring.empty(ring.stage));
         ring.next();
         if (tile >= end) continue;
@@ -177,20 +173,38 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
         ring.next();
       }
     };
-    float* lists = reinterpret_cast<float*>(space) + warp * 16 * Thresholds<curve>::capacity;
-    Thresholds<curve> found(entmax, lists);
-    float tau[2] = {0, 0};
-    if (item.begin < item.end) {
-      sweep([&](const float(&z)[8][4], int) { found.add(z); });
-      found.finish();
 
-      bool moves[2] = {found.lost[0], found.lost[1]}, done = false;
-      // Where they meet, tiles of p take the place of the lists.
-      bool moving = warpgroup_any(meeting, moves[0] || moves[1]);
+    Thresholds<curve> found(entmax, lists.rows(warp));
+    sweep([&](const float(&z)[8][4], int tile) { found.add(z, tile); });
+    bool wants = item.begin < item.end;
+    if constexpr (found.keeps_lists) {
+      wants = warpgroup_any(meeting, found.lost[0] || found.lost[1]) || p.M > RowLists::chunks;
+    }
+    if (item.begin < item.end) agreement.announce(group, wants);
+    found.finish();
+    // The whole warpgroup knows the thresholds.
+    auto settle = [&] {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float threshold = rows.routes(i) ? found.threshold[i] : 0;
+        if (thread % 4 == 0) lists.end(rows.lane_row(i)) = {threshold, found.size(i)};
+      }
+      warpgroup_sync(meeting);
+    };
+    settle();
+    Queries queries(p, out, item, first, count);
+    queries.fill_outside(item.begin, end);
+    if constexpr (found.keeps_lists) {
+      if (!wants) queries.put_lists(entmax, lists, item.begin, end);
+    }
+    if (item.begin < item.end) {
+      bool moves[2] = {found.lost[0], found.lost[1]};
+      bool moving = wants && warpgroup_any(meeting, moves[0] || moves[1]);
       int steps = 0;
-      do {
-        agreement.announce(group, moving);
-        if (moving) {
+      while (agreement.another()) {
+        if (!wants) {
+          pass();
+        } else if (moving) {
           float f[2] = {0, 0}, df[2] = {0, 0};
           sweep([&](const float(&z)[8][4], int) {
 #pragma unroll
@@ -208,19 +222,14 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
             moves[i] = moves[i] && entmax.improve(found.threshold[i], f[i], df[i]);
           }
           moving = warpgroup_any(meeting, moves[0] || moves[1]) && ++steps < entmax.most_steps;
-        } else if (!done) {
-          float threshold[2];  // as the backward pass will have it from tau
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            tau[i] = rows.routes(i) ? found.threshold[i] - found.top[i] : 0;
-            threshold[i] = found.top[i] + tau[i];
-          }
+        } else {
+          settle();
           sweep([&](float(&z)[8][4], int tile) {
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                z[j][e] = entmax.probability(z[j][e], threshold[e / 2]);
+                z[j][e] = entmax.probability(z[j][e], found.threshold[e / 2]);
               }
             }
             const RowTile tile_of_p(space + tile % 2 * RowTile::bytes);
@@ -228,19 +237,13 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
             warpgroup_sync(meeting);
             queries.put_tile(tile_of_p, tile);
           });
-          done = true;
-        } else {
-          pass();
+          queries.centre(item.begin, end);
+          wants = false;
         }
-      } while (agreement.another());
-      if (p.routing.center) queries.centre(item.begin, end);
+        agreement.announce(group, wants);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = rows.lane_row(i) / p.g, head = rows.lane_row(i) % p.g;
-      if (thread % 4 != 0 || query >= count) continue;
-      out.tau[p.at_row(item, first + query, head)] = static_cast<double>(tau[i]);
-    }
+    queries.put_thresholds(lists, item, first);
   });
 }
 
