@@ -328,9 +328,13 @@ bool route_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routin
   if (!hopper_route_takes(q, kbar, routing)) return false;
   const HopperRoute p = hopper_route_problem(q, kbar, routing, blocks.first);
   const Summaries summaries = prepare_summaries(kbar, scratch);
-  const HopperRouteOutput out{
-      pointer<double>(tau),        pointer<uint64_t>(blocks.mask), static_cast<int>(blocks.mask[3]),
-      pointer<float>(blocks.bias), pointer<float>(weights),        pointer<double>(read)};
+  const HopperRouteOutput out{pointer<double>(tau),
+                              pointer<uint64_t>(blocks.mask),
+                              static_cast<int>(blocks.mask[3]),
+                              pointer<float>(blocks.bias),
+                              pointer<float>(weights),
+                              pointer<double>(read),
+                              static_cast<float>(1 / routing.sigma)};
   by_dense_head_dim(p.D, [&](auto D) {
     launch("route", route<D>, std::min(p.items(groups), multiprocessors()), threads,
            Layout<D>::shared_bytes,

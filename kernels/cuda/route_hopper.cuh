@@ -59,10 +59,11 @@ struct HopperRoute {
   __device__ int init() const { return static_cast<int>(routing.init_blocks); }
   /// The chunk a query is in.
   __device__ int own(int query) const { return (first + query) / static_cast<int>(routing.chunk); }
-  /// Its candidates are the chunks from init() up to here.
-  __device__ int end(int query) const {
-    return init() + static_cast<int>(candidates(routing, own(query)));
+  /// Candidates of queries in a chunk are the chunks from init() up to here.
+  __device__ int end_of(int own) const {
+    return init() + static_cast<int>(candidates(routing, own));
   }
+  __device__ int end(int query) const { return end_of(own(query)); }
   /// Tiles in which queries before `last` + 1 have candidates: [first_tile(), end_tile(last)).
   __device__ int first_tile() const { return init() / 64; }
   __device__ int end_tile(int last) const {

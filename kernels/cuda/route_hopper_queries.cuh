@@ -11,6 +11,7 @@ struct HopperRouteOutput {
   int words;  // of a row of the mask
   float *bias, *weights;
   double* read;
+  float share;  // of a log in a bias
 };
 
 /// The lists of a warpgroup's rows, and sums over heads, of a window of chunks for each warp.
@@ -22,7 +23,9 @@ struct HeadLists {
 
   char* at;
 
+  /// Of a warp's rows, and of one of the warpgroup's.
   __device__ RowLists rows(int warp) const { return RowLists(at + warp * RowLists::bytes); }
+  __device__ float* entries(unsigned row) const { return rows(row / 16).entries(row % 16); }
   __device__ ListEnd& end(int row) const { return reinterpret_cast<ListEnd*>(at + ends_at)[row]; }
   __device__ float* sums(int warp) const {
     return reinterpret_cast<float*>(at + sums_at) + warp * 64 * tiles;
@@ -38,24 +41,25 @@ class Queries {
                      int first, int count)
       : p_(p), out_(out), lane_(static_cast<int>(threadIdx.x) % 32) {
     const int each = (p.queries + 3) / 4;
-    warp_ = static_cast<int>(threadIdx.x) % warpgroup / 32;
+    warp_ = uniform(static_cast<int>(threadIdx.x) % warpgroup / 32);
     begin_ = warp_ * each;
     number_ = max(0, min(count - begin_, each));
     at_ = p.at_query(item, first + begin_);
-    const bool is = lane_ < number_;
-    own_ = is ? p.own(first + begin_ + lane_) : 0;
-    end_ = is ? p.end(first + begin_ + lane_) : 0;
-    share_ = static_cast<float>(1 / p.routing.sigma);
+    own_ = p.own(first + begin_ + min(lane_, max(number_ - 1, 0)));
+    end_ = p.end_of(own_);
   }
 
   /// Tiles without candidates: all but [begin, end).
   __device__ void fill_outside(int begin, int end) const {
+#pragma unroll 1
     for (int s = 0; s < number_; ++s) {
       const int own = __shfl_sync(0xffffffffu, own_, s);
-      zero(s, 0, min(64 * begin, p_.M));
-      zero(s, 64 * end, p_.M);
+      zero_outside(out_.bias + at(s) * p_.M, 64 * begin, 64 * end);
+      if (out_.weights) zero_outside(out_.weights + at(s) * p_.M, 64 * begin, 64 * end);
+      uint64_t* const mask = out_.mask + at(s) * out_.words;
+#pragma unroll 1
       for (int tile = lane_; tile < out_.words; tile += 32) {
-        if (tile < begin || tile >= end) out_.mask[at(s) * out_.words + tile] = forced(own, tile);
+        if (tile < begin || tile >= end) mask[tile] = forced(own, tile);
       }
     }
   }
@@ -95,7 +99,7 @@ class Queries {
         const bool routed = w > least_weight;
         const float l = routed ? log_of(w) : 0;
         if (c < p_.M) {
-          out_.bias[at(s) * p_.M + c] = l * share_;
+          out_.bias[at(s) * p_.M + c] = l * out_.share;
           if (out_.weights) out_.weights[at(s) * p_.M + c] = w;
         }
         sum += l;
@@ -142,7 +146,7 @@ class Queries {
     return __logf(w + static_cast<float>(p_.routing.prior_eps));
   }
   __device__ float mean(float sum, int support) const {
-    return support > 0 ? sum / static_cast<float>(support) * share_ : 0;
+    return support > 0 ? sum / static_cast<float>(support) * out_.share : 0;
   }
   /// Adds to the sum of logs over a query's support.
   __device__ void remember(int s, float sum, int support) {
@@ -165,32 +169,33 @@ class Queries {
     for (int c = 0; c < window; c += 32) sums[c + lane_] = 0;
     __syncwarp();
     float nan = 0;
-    ListEnd next = lists.end(i * p_.g);
-    for (int row = i * p_.g; row < (i + 1) * p_.g; ++row) {
+    const unsigned first = i * p_.g, last = first + p_.g - 1;
+    ListEnd next = lists.end(first);
+#pragma unroll 1
+    for (unsigned row = first; row <= last; ++row) {
       const ListEnd end = next;
-      if (row + 1 < block_rows) next = lists.end(row + 1);
+      next = lists.end(min(row + 1, last));
       nan += end.threshold - end.threshold;
-      float* const list = lists.rows(row / 16).entries(row % 16);
-      for (int k = lane_; k - lane_ < end.size; k += 64) {
-        float x[2];
-        int column[2];
+      float* const list = lists.entries(row) + lane_;
+      const uint16_t* const chunks = &RowLists::chunk(list, row / 8 % 2);
+#pragma unroll 1
+      for (int k = 0; k < end.size; k += 64) {
+        float x[2], sum[2];
+        bool is[2];
+        float* to[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half) {  // what lies after a list is read, and not used
           const int at = k + 32 * half;
-          const bool is = at < end.size;
-          column[half] = is ? RowLists::chunk(list + at, row % 16 / 8) - c0 : -1;
-          x[half] = is ? entmax.probability(list[at], end.threshold) : 0;
-        }
-        float sum[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool is = x[half] > 0 && 0 <= column[half] && column[half] < window;
-          if (!is) column[half] = -1;
-          sum[half] = is ? sums[column[half]] + x[half] : 0;
+          const unsigned column = chunks[2 * at] - c0;
+          x[half] = entmax.probability(list[at], end.threshold);
+          is[half] = at + lane_ < end.size && column < window && x[half] > 0;
+          to[half] = sums + column;
         }
 #pragma unroll
+        for (int half = 0; half < 2; ++half) sum[half] = is[half] ? *to[half] : 0;
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if (column[half] >= 0) sums[column[half]] = sum[half];
+          if (is[half]) *to[half] = sum[half] + x[half];
         }
       }
       __syncwarp();
@@ -233,15 +238,15 @@ class Queries {
     }
     for (int c = 64 * from + lane_; c < min(64 * to, p_.M); c += 32) {
       const float l = sums[c - 64 * from];
-      out_.bias[at(s) * p_.M + c] = l == -INFINITY ? 0 : l * share_ - subtract;
+      out_.bias[at(s) * p_.M + c] = l == -INFINITY ? 0 : l * out_.share - subtract;
     }
   }
-  /// Bias and weights of chunks [from, to).
-  __device__ void zero(int s, int from, int to) const {
-    for (int c = from + lane_; c < to; c += 32) {
-      out_.bias[at(s) * p_.M + c] = 0;
-      if (out_.weights) out_.weights[at(s) * p_.M + c] = 0;
-    }
+  /// What a row has of all chunks but [begin, end).
+  __device__ void zero_outside(float* row, int begin, int end) const {
+#pragma unroll 1
+    for (int c = lane_; c < min(begin, p_.M); c += 32) row[c] = 0;
+#pragma unroll 1
+    for (int c = end + lane_; c < p_.M; c += 32) row[c] = 0;
   }
   /// Of a tile, the first init_blocks and the last local_blocks up to a query's own.
   __device__ uint64_t forced(int own, int tile) const {
@@ -259,7 +264,7 @@ class Queries {
   int warp_, begin_, number_;  // the warp's queries of the warpgroup's
   int64_t at_;                 // its first, in [B, Hkv, N]
   int own_, end_;
-  float share_, sum_ = 0;
+  float sum_ = 0;
   int support_ = 0;
 };
 

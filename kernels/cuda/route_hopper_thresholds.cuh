@@ -21,7 +21,7 @@ class RowLists {
   __device__ explicit RowLists(void* at) : at_(static_cast<float*>(at)) {}
   __device__ float* entries(int row) const { return at_ + row * capacity; }
   /// Of an entry of row r or r + 8, i = 0 or 1.
-  __device__ static uint16_t& chunk(float* entry, int i) {
+  __device__ static uint16_t& chunk(float* entry, unsigned i) {
     return reinterpret_cast<uint16_t*>(entry)[(32 - 16 * i) * capacity + i];
   }
 
@@ -30,7 +30,7 @@ class RowLists {
 };
 
 /// What a row's list came to.
-struct ListEnd {
+struct alignas(8) ListEnd {
   float threshold;
   int size;
 };
