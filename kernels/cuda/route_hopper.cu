@@ -144,14 +144,18 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
     const int first = item.first + group * p.queries, count = max(0, min(p.queries, p.N - first));
     const int end = count > 0 ? p.end_tile(first + count - 1) : item.begin;
 
-    show_to_engines();
-    warpgroup_sync(meeting);  // the last item is done with
-    if (thread == 0) copy_rows<D>(own_block, q, own, p, item, first);
+    // In the place of what the warpgroup has had there.
+    auto take_rows = [&] {
+      show_to_engines();
+      warpgroup_sync(meeting);
+      if (thread == 0) copy_rows<D>(own_block, q, own, p, item, first);
+      barrier_wait(own, own_phase);
+      own_phase ^= 1;
+      rows.load(own_block);
+      warpgroup_sync(meeting);
+    };
     rows.place(p, first, count);
-    barrier_wait(own, own_phase);
-    own_phase ^= 1;
-    rows.load(own_block);
-    warpgroup_sync(meeting);  // lists take the place of the rows
+    take_rows();
 
     // Calls f(z, tile) for tiles with candidates.
     auto sweep = [&](auto f) {
@@ -176,9 +180,10 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
 
     Thresholds<curve> found(entmax, lists.rows(warp));
     sweep([&](const float(&z)[8][4], int tile) { found.add(z, tile); });
-    bool wants = item.begin < item.end;
+    bool wants = item.begin < item.end;  // one more sweep
     if constexpr (found.keeps_lists) {
-      wants = warpgroup_any(meeting, found.lost[0] || found.lost[1]) || p.M > RowLists::chunks;
+      const bool lost = warpgroup_any(meeting, found.lost[0] || found.lost[1]);
+      wants = wants && (lost || p.M > RowLists::chunks);
     }
     if (item.begin < item.end) agreement.announce(group, wants);
     found.finish();
@@ -194,54 +199,53 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
     settle();
     Queries queries(p, out, item, first, count);
     queries.fill_outside(item.begin, end);
-    if constexpr (found.keeps_lists) {
-      if (!wants) queries.put_lists(entmax, lists, item.begin, end);
-    }
-    if (item.begin < item.end) {
+    if (wants) {
+      take_rows();  // until here their registers were free for others
       bool moves[2] = {found.lost[0], found.lost[1]};
-      bool moving = wants && warpgroup_any(meeting, moves[0] || moves[1]);
-      int steps = 0;
-      while (agreement.another()) {
-        if (!wants) {
-          pass();
-        } else if (moving) {
-          float f[2] = {0, 0}, df[2] = {0, 0};
-          sweep([&](const float(&z)[8][4], int) {
+      for (int step = 0; step < entmax.most_steps; ++step) {
+        if (!warpgroup_any(meeting, moves[0] || moves[1])) break;
+        float f[2] = {0, 0}, df[2] = {0, 0};
+        agreement.another();
+        sweep([&](const float(&z)[8][4], int) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+          for (int j = 0; j < 8; ++j) {
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                entmax.add(z[j][e] - found.threshold[e / 2], f[e / 2], df[e / 2]);
-              }
+            for (int e = 0; e < 4; ++e) {
+              entmax.add(z[j][e] - found.threshold[e / 2], f[e / 2], df[e / 2]);
             }
-          });
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            f[i] = Lanes(4).sum(f[i]);
-            df[i] = Lanes(4).sum(df[i]);
-            moves[i] = moves[i] && entmax.improve(found.threshold[i], f[i], df[i]);
           }
-          moving = warpgroup_any(meeting, moves[0] || moves[1]) && ++steps < entmax.most_steps;
-        } else {
-          settle();
-          sweep([&](float(&z)[8][4], int tile) {
+        });
+        agreement.announce(group, true);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                z[j][e] = entmax.probability(z[j][e], found.threshold[e / 2]);
-              }
-            }
-            const RowTile tile_of_p(space + tile % 2 * RowTile::bytes);
-            tile_of_p.put(z);
-            warpgroup_sync(meeting);
-            queries.put_tile(tile_of_p, tile);
-          });
-          queries.centre(item.begin, end);
-          wants = false;
+        for (int i = 0; i < 2; ++i) {
+          f[i] = Lanes(4).sum(f[i]);
+          df[i] = Lanes(4).sum(df[i]);
+          moves[i] = moves[i] && entmax.improve(found.threshold[i], f[i], df[i]);
         }
-        agreement.announce(group, wants);
       }
+      settle();
+      agreement.another();
+      sweep([&](float(&z)[8][4], int tile) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            z[j][e] = entmax.probability(z[j][e], found.threshold[e / 2]);
+          }
+        }
+        const RowTile tile_of_p(space + tile % 2 * RowTile::bytes);
+        tile_of_p.put(z);
+        warpgroup_sync(meeting);
+        queries.put_tile(tile_of_p, tile);
+      });
+      agreement.announce(group, false);
+      queries.centre(item.begin, end);
+    } else if constexpr (found.keeps_lists) {
+      queries.put_lists(entmax, lists, item.begin, end);
+    }
+    while (item.begin < item.end && agreement.another()) {
+      pass();
+      agreement.announce(group, false);
     }
     queries.put_thresholds(lists, item, first);
   });

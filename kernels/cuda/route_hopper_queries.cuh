@@ -158,47 +158,58 @@ class Queries {
     }
   }
 
+  /// Two of a list.
+  struct Entries {
+    float z[2];
+    unsigned chunk[2];
+  };
   /// Sums p over the heads of the warpgroup's query i, of a window of chunks from c0 on, head after
   /// head: a list has a chunk once. Returns NaN where a head has no threshold, else 0.
   template <Curve curve>
   __device__ float add_heads(const FloatEntmax<curve>& entmax, const HeadLists& lists, int i,
                              int c0) const {
+    static_assert(RowLists::capacity <= 128);
     constexpr int window = 64 * HeadLists::tiles;
     float* const sums = lists.sums(warp_);
 #pragma unroll
     for (int c = 0; c < window; c += 32) sums[c + lane_] = 0;
     __syncwarp();
+    const auto read = [&](unsigned row, int k) {  // what lies after a list is read, and not used
+      float* const list = lists.entries(row) + lane_ + k;
+      const uint16_t* const chunks = &RowLists::chunk(list, row / 8 % 2);
+      return Entries{{list[0], list[32]}, {chunks[0], chunks[64]}};
+    };
+    const auto add = [&](const Entries& entries, int k, const ListEnd& end) {
+      float x[2], *to[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const unsigned column = entries.chunk[half] - c0;
+        const bool is = k + 32 * half + lane_ < end.size && column < window;
+        x[half] = is ? entmax.probability(entries.z[half], end.threshold) : 0;
+        to[half] = sums + column;
+      }
+      float sum[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sum[half] = x[half] > 0 ? *to[half] : 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (x[half] > 0) *to[half] = sum[half] + x[half];
+      }
+    };
     float nan = 0;
     const unsigned first = i * p_.g, last = first + p_.g - 1;
-    ListEnd next = lists.end(first);
+    ListEnd next_end = lists.end(first);
+    Entries next = read(first, 0);  // on its way while the head before is added
 #pragma unroll 1
     for (unsigned row = first; row <= last; ++row) {
-      const ListEnd end = next;
-      next = lists.end(min(row + 1, last));
-      nan += end.threshold - end.threshold;
-      float* const list = lists.entries(row) + lane_;
-      const uint16_t* const chunks = &RowLists::chunk(list, row / 8 % 2);
-#pragma unroll 1
-      for (int k = 0; k < end.size; k += 64) {
-        float x[2], sum[2];
-        bool is[2];
-        float* to[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {  // what lies after a list is read, and not used
-          const int at = k + 32 * half;
-          const unsigned column = chunks[2 * at] - c0;
-          x[half] = entmax.probability(list[at], end.threshold);
-          is[half] = at + lane_ < end.size && column < window && x[half] > 0;
-          to[half] = sums + column;
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) sum[half] = is[half] ? *to[half] : 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (is[half]) *to[half] = sum[half] + x[half];
-        }
-      }
+      const ListEnd end = next_end;
+      const Entries entries = next;
+      next_end = lists.end(min(row + 1, last));
+      next = read(min(row + 1, last), 0);
+      add(entries, 0, end);
+      if (end.size > 64) add(read(row, 64), 64, end);
       __syncwarp();
+      nan += end.threshold - end.threshold;
     }
     return nan;
   }
