@@ -187,14 +187,14 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
     }
     if (item.begin < item.end) agreement.announce(group, wants);
     found.finish();
-    // The whole warpgroup knows the thresholds.
+    // Those who take a query know the thresholds of its rows.
     auto settle = [&] {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float threshold = rows.routes(i) ? found.threshold[i] : 0;
         if (thread % 4 == 0) lists.end(rows.lane_row(i)) = {threshold, found.size(i)};
       }
-      warpgroup_sync(meeting);
+      16 % p.g == 0 ? __syncwarp() : warpgroup_sync(meeting);
     };
     settle();
     Queries queries(p, out, item, first, count);

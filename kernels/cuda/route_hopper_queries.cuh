@@ -171,8 +171,11 @@ class Queries {
     static_assert(RowLists::capacity <= 128);
     constexpr int window = 64 * HeadLists::tiles;
     float* const sums = lists.sums(warp_);
+    __syncwarp();  // all are done with the last
 #pragma unroll
-    for (int c = 0; c < window; c += 32) sums[c + lane_] = 0;
+    for (int c = 0; c < window; c += 128) {
+      *reinterpret_cast<float4*>(sums + c + 4 * lane_) = make_float4(0, 0, 0, 0);
+    }
     __syncwarp();
     const auto read = [&](unsigned row, int k) {  // what lies after a list is read, and not used
       float* const list = lists.entries(row) + lane_ + k;
