@@ -44,7 +44,10 @@ class Queries {
     warp_ = uniform(static_cast<int>(threadIdx.x) % warpgroup / 32);
     begin_ = warp_ * each;
     number_ = max(0, min(count - begin_, each));
-    at_ = p.at_query(item, first + begin_);
+    const int64_t at = p.at_query(item, first + begin_);
+    mask_ = out.mask + at * out.words;
+    bias_ = out.bias + at * p.M;
+    weights_ = out.weights ? out.weights + at * p.M : nullptr;
     own_ = p.own(first + begin_ + min(lane_, max(number_ - 1, 0)));
     end_ = p.end_of(own_);
   }
@@ -54,9 +57,9 @@ class Queries {
 #pragma unroll 1
     for (int s = 0; s < number_; ++s) {
       const int own = __shfl_sync(0xffffffffu, own_, s);
-      zero_outside(out_.bias + at(s) * p_.M, 64 * begin, 64 * end);
-      if (out_.weights) zero_outside(out_.weights + at(s) * p_.M, 64 * begin, 64 * end);
-      uint64_t* const mask = out_.mask + at(s) * out_.words;
+      zero_outside(bias_ + s * p_.M, 64 * begin, 64 * end);
+      if (weights_) zero_outside(weights_ + s * p_.M, 64 * begin, 64 * end);
+      uint64_t* const mask = mask_ + s * out_.words;
 #pragma unroll 1
       for (int tile = lane_; tile < out_.words; tile += 32) {
         if (tile < begin || tile >= end) mask[tile] = forced(own, tile);
@@ -99,14 +102,14 @@ class Queries {
         const bool routed = w > least_weight;
         const float l = routed ? log_of(w) : 0;
         if (c < p_.M) {
-          out_.bias[at(s) * p_.M + c] = l * out_.share;
-          if (out_.weights) out_.weights[at(s) * p_.M + c] = w;
+          bias_[s * p_.M + c] = l * out_.share;
+          if (weights_) weights_[s * p_.M + c] = w;
         }
         sum += l;
         support |= uint64_t{__ballot_sync(0xffffffffu, routed)} << 32 * half;
       }
       if (lane_ == 0 && tile < out_.words) {
-        out_.mask[at(s) * out_.words + tile] = support | forced(own, tile);
+        mask_[s * out_.words + tile] = support | forced(own, tile);
       }
       remember(s, sum, __popcll(support));
     }
@@ -120,8 +123,8 @@ class Queries {
     for (int s = 0; s < number_; ++s) {
       const float mean = __shfl_sync(0xffffffffu, own_mean, s);
       const int last = __shfl_sync(0xffffffffu, end_, s);
-      float* const bias = out_.bias + at(s) * p_.M;
-      const uint64_t* const mask = out_.mask + at(s) * out_.words;
+      float* const bias = bias_ + s * p_.M;
+      const uint64_t* const mask = mask_ + s * out_.words;
       for (int tile = begin; tile < end; tile += 4) {
         float old[8];
 #pragma unroll
@@ -139,9 +142,6 @@ class Queries {
   }
 
  private:
-  __device__ int64_t at(int s) const {
-    return at_ + s;
-  }
   __device__ float log_of(float w) const {
     return __logf(w + static_cast<float>(p_.routing.prior_eps));
   }
@@ -234,7 +234,7 @@ class Queries {
         const float l = routed ? log_of(w) : -INFINITY;
         at_c = l;
         if (routed) sum += l;
-        if (out_.weights && c < p_.M) out_.weights[at(s) * p_.M + c] = w;
+        if (weights_ && c < p_.M) weights_[s * p_.M + c] = w;
         bits |= uint64_t{__ballot_sync(0xffffffffu, routed)} << 32 * half;
       }
       support += __popcll(bits);
@@ -242,7 +242,7 @@ class Queries {
     }
     const int tile = from + lane_;
     if (tile < to && tile < out_.words) {
-      out_.mask[at(s) * out_.words + tile] = word | forced(own, tile);
+      mask_[s * out_.words + tile] = word | forced(own, tile);
     }
     float subtract = 0;
     if (!whole) {
@@ -252,7 +252,7 @@ class Queries {
     }
     for (int c = 64 * from + lane_; c < min(64 * to, p_.M); c += 32) {
       const float l = sums[c - 64 * from];
-      out_.bias[at(s) * p_.M + c] = l == -INFINITY ? 0 : l * out_.share - subtract;
+      bias_[s * p_.M + c] = l == -INFINITY ? 0 : l * out_.share - subtract;
     }
   }
   /// What a row has of all chunks but [begin, end).
@@ -276,7 +276,8 @@ class Queries {
   const HopperRouteOutput& out_;
   const int lane_;
   int warp_, begin_, number_;  // the warp's queries of the warpgroup's
-  int64_t at_;                 // its first, in [B, Hkv, N]
+  uint64_t* mask_;             // of its first
+  float *bias_, *weights_;
   int own_, end_;
   float sum_ = 0;
   int support_ = 0;
