@@ -1,33 +1,33 @@
 // DashAttention's router for bf16 queries on Hopper, forward: any number of chunks, every alpha.
 //
 // A thread block takes items: neighbouring queries of one kv head, 64 / g for each of its three
-// warpgroups. Tiles of 64 summaries go through a ring of stages, which all three share, once a
-// sweep:
+// warpgroups. Tiles of 64 summaries go through a ring of stages, which all three share:
 //
-//   sweep 1: z -> the largest entry of a row; what is within 1 of it may be in the support: a list
-//            of 144 in shared memory, from which Newton's steps find the threshold (4 lanes a row,
-//            which keep the first 64 in registers)
-//   sweep 2: z -> p, registers -> a tile in shared memory -> w, mask, bias (a warp a query, lanes
-//            along the chunks: a ballot makes half a word of the mask, stores are whole lines)
+//   sweep: z -> what is within 1 of a row's largest entry may be in its support: a list of 96 in
+//          shared memory, with the chunks
+//   lists -> Newton's steps -> thresholds (4 lanes a row, which keep the first 64 in registers)
+//   lists -> p, summed head by head over a window of 384 chunks in shared memory -> w, mask, bias
+//          (a warp a query, lanes first along a list, then along the chunks: a ballot makes half a
+//          word of the mask, stores are whole lines)
 //
-// For alpha = 1 sweep 1 sums exponentials instead. Where a list is full, its own threshold drops
-// what has left the support; where even the support is too long, each of Newton's steps is one more
-// sweep between the two. A warpgroup says, sweep by sweep, whether it wants another.
+// A list holds all of its row's support, off which p is 0, so one sweep does. Where a list is full,
+// its own threshold drops what has left the support. Where even the support is too long, a
+// warpgroup sweeps again, once for each of Newton's steps, and once more, z -> p, registers -> a
+// tile in shared memory -> w; the latter also for alpha = 1, whose support is everything. Sweep by
+// sweep a warpgroup says whether it wants another; those who do not pass over it.
 //
-// Registers: queries in f16 (32 where D = 128) and z (32). Of an item's state 144 bytes are spilled
-// where D = 128, 72 where D = 64: about 50 loads an item, of which sweeps repeat one a tile.
+// Registers: queries in f16 (32 where D = 128) and z (32), 157 with all else. Queries' are free for
+// others once the first sweep is over, and who sweeps again copies them anew: nothing is spilled.
 //
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 6.7e7 pairs of a row and a candidate,
-// 2 D operations in each of two parts and two sweeps: 6.9e10, 70 us at 989 TFLOP/s; summaries from
-// L2, 2731 items of 2.5 tiles of 32 KB twice, 0.44 GB, 80 us beside it; about 20 other operations a
-// pair, 50 us beside both; 34 MB of bias 11 us.
+// 2 D operations in each of two parts: 3.4e10, 35 us at 989 TFLOP/s; beside it 0.13 GB of queries,
+// 45 us, summaries from L2, 2731 items of 2.5 tiles of 32 KB, 0.22 GB, 40 us, and 34 MB of bias,
+// 11 us; about 12 other operations a pair, 30 us beside all.
 //
 // What takes the time is latency, not these: three warps for each scheduler issued in 47 % of
-// cycles, 88 instructions a pair, in 464 us, of which Newton's steps of one row after the other
-// took 17 %, products 16 %, lists 14 %, means over heads 12 %, the chunks without candidates 5 %
-// and the centre 4 %. Steps of two rows together from registers, sums of 16 numbers loaded at once
-// and centres of many queries at once should have left 380 us of it; an H100 takes 518, so they did
-// not pay, and what spills may be why.
+// cycles where all tiles were swept twice, 6160 instructions a warp and item, 29 % of them in the
+// second sweep, 21 % in Newton's steps of one row after the other; 464 us, and 518 us once
+// registers were spilled. Expected without the second sweep: 3900 instructions, 300 us.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -56,8 +56,9 @@ __global__ void __launch_bounds__(256)
   rounded[x] = pack(a, b);
 }
 
-/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists, then
-/// perhaps two tiles of p; the stages; barriers; what warpgroups want.
+/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists and sums,
+/// then perhaps two tiles of p beside the ends of its lists; the stages; barriers; what warpgroups
+/// want.
 template <int D>
 struct Layout {
   static constexpr int space_bytes = (HeadLists::bytes + 1023) / 1024 * 1024;
@@ -67,7 +68,8 @@ struct Layout {
   static constexpr int own = 2 * stages, agreed = own + groups, barriers = agreed + 1;
   static constexpr int wants_at = barriers_at + 8 * barriers;
   static constexpr int shared_bytes = 1024 + wants_at + 2 * 4 * groups;
-  static_assert(space_bytes >= 2 * RowTile::bytes && space_bytes >= D / 64 * panel_bytes);
+  static_assert(HeadLists::ends_at >= 2 * RowTile::bytes &&
+                HeadLists::ends_at >= D / 64 * panel_bytes);
 };
 
 /// How warpgroups and the warp that copies agree on sweeps after the first: each phase of a barrier

@@ -196,7 +196,7 @@ class Queries {
       for (int half = 0; half < 2; ++half) sum[half] = x[half] > 0 ? *to[half] : 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (x[half] > 0) *to[half] = sum[half] + x[half];
+        if (x[half] > 0) *to[half] = __fadd_rn(sum[half], x[half]);  // no fma, as in RowTile
       }
     };
     float nan = 0;

@@ -3,8 +3,9 @@
 // route_hopper.cu).
 //
 // For alpha > 1 a row's support lies within 1 of its largest entry, so what may be in it is few: a
-// list in shared memory, to which entries are added as they come. The threshold of entries so far
-// is a lower bound of that of all: where a list is full, it drops those below.
+// list in shared memory, to which entries are added as they come, with the chunks they are of. The
+// threshold of entries so far is a lower bound of that of all: where a list is full, it drops those
+// below.
 #include "kernels/cuda/entmax_float.cuh"
 
 namespace entrain::cuda {
