@@ -1,33 +1,33 @@
 // DashAttention's router for bf16 queries on Hopper, forward: any number of chunks, every alpha.
 //
 // A thread block takes items: neighbouring queries of one kv head, 64 / g for each of its three
-// warpgroups. Tiles of 64 summaries go through a ring of stages, which all three share, once a
-// sweep:
+// warpgroups. Tiles of 64 summaries go through a ring of stages, which all three share:
 //
-//   sweep 1: z -> the largest entry of a row; what is within 1 of it may be in the support: a list
-//            of 144 in shared memory, from which Newton's steps find the threshold (4 lanes a row,
-//            which keep the first 64 in registers)
-//   sweep 2: z -> p, registers -> a tile in shared memory -> w, mask, bias (a warp a query, lanes
-//            along the chunks: a ballot makes half a word of the mask, stores are whole lines)
+//   sweep: z -> what is within 1 of a row's largest entry may be in its support: a list of 96 in
+//          shared memory, with the chunks
+//   lists -> Newton's steps -> thresholds (4 lanes a row, which keep the first 64 in registers)
+//   lists -> p, summed head by head over a window of 384 chunks in shared memory -> w, mask, bias
+//          (a warp a query, lanes first along a list, then along the chunks: a ballot makes half a
+//          word of the mask, stores are whole lines)
 //
-// For alpha = 1 sweep 1 sums exponentials instead. Where a list is full, its own threshold drops
-// what has left the support; where even the support is too long, each of Newton's steps is one more
-// sweep between the two. A warpgroup says, sweep by sweep, whether it wants another.
+// A list holds all of its row's support, off which p is 0, so one sweep does. Where a list is full,
+// its own threshold drops what has left the support. Where even the support is too long, a
+// warpgroup sweeps again, once for each of Newton's steps, and once more, z -> p, registers -> a
+// tile in shared memory -> w; the latter also for alpha = 1, whose support is everything. Sweep by
+// sweep a warpgroup says whether it wants another; those who do not pass over it.
 //
-// Registers: queries in f16 (32 where D = 128) and z (32). Of an item's state 144 bytes are spilled
-// where D = 128, 72 where D = 64: about 50 loads an item, of which sweeps repeat one a tile.
+// Registers: queries in f16 (32 where D = 128) and z (32), 157 with all else. Queries' are free for
+// others once the first sweep is over, and who sweeps again copies them anew: nothing is spilled.
 //
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 6.7e7 pairs of a row and a candidate,
-// 2 D operations in each of two parts and two sweeps: 6.9e10, 70 us at 989 TFLOP/s; summaries from
-// L2, 2731 items of 2.5 tiles of 32 KB twice, 0.44 GB, 80 us beside it; about 20 other operations a
-// pair, 50 us beside both; 34 MB of bias 11 us.
+// 2 D operations in each of two parts: 3.4e10, 35 us at 989 TFLOP/s; beside it 0.13 GB of queries,
+// 45 us, summaries from L2, 2731 items of 2.5 tiles of 32 KB, 0.22 GB, 40 us, and 34 MB of bias,
+// 11 us; about 12 other operations a pair, 30 us beside all.
 //
 // What takes the time is latency, not these: three warps for each scheduler issued in 47 % of
-// cycles, 88 instructions a pair, in 464 us, of which Newton's steps of one row after the other
-// took 17 %, products 16 %, lists 14 %, means over heads 12 %, the chunks without candidates 5 %
-// and the centre 4 %. Steps of two rows together from registers, sums of 16 numbers loaded at once
-// and centres of many queries at once should have left 380 us of it; an H100 takes 518, so they did
-// not pay, and what spills may be why.
+// cycles where all tiles were swept twice, 6160 instructions a warp and item, 29 % of them in the
+// second sweep, 21 % in Newton's steps of one row after the other; 464 us, and 518 us once
+// registers were spilled. Expected without the second sweep: 3900 instructions, 300 us.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -56,24 +56,24 @@ __global__ void __launch_bounds__(256)
   rounded[x] = pack(a, b);
 }
 
-/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists, then two
-/// tiles of p; the stages; barriers; what warpgroups want.
+/// Shared memory: a space for each warpgroup, which holds its rows of q, then its lists and sums,
+/// then perhaps two tiles of p beside the ends of its lists; the stages; barriers; what warpgroups
+/// want.
 template <int D>
 struct Layout {
-  static constexpr int space_bytes = 64 * Thresholds<Curve::square>::capacity * 4;
+  static constexpr int space_bytes = (HeadLists::bytes + 1023) / 1024 * 1024;
   static constexpr int stages = D == 64 ? 6 : 3, stage_bytes = 2 * D / 64 * panel_bytes;
   static constexpr int stages_at = groups * space_bytes;
   static constexpr int barriers_at = stages_at + stages * stage_bytes;
   static constexpr int own = 2 * stages, agreed = own + groups, barriers = agreed + 1;
   static constexpr int wants_at = barriers_at + 8 * barriers;
   static constexpr int shared_bytes = 1024 + wants_at + 2 * 4 * groups;
-  static_assert(space_bytes % 1024 == 0 && space_bytes >= 2 * RowTile::bytes &&
-                space_bytes >= D / 64 * panel_bytes);
+  static_assert(HeadLists::ends_at >= 2 * RowTile::bytes &&
+                HeadLists::ends_at >= D / 64 * panel_bytes);
 };
 
 /// How warpgroups and the warp that copies agree on sweeps after the first: each phase of a barrier
-/// says who wants another sweep after the one that begins. Two phases' answers are kept: nobody is
-/// more than one ahead.
+/// says who wants one more. Two phases' answers are kept: nobody is more than one ahead.
 template <int groups>
 class Agreement {
  public:
@@ -119,10 +119,9 @@ __device__ void copy_summaries(const CUtensorMap& high, const CUtensorMap& low,
         ring.next();
       }
     };
-    sweep();
     do {
-      agreement.attend();
       sweep();
+      agreement.attend();
     } while (agreement.another());
   });
 }
@@ -133,9 +132,10 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
                            const FloatEntmax<curve>& entmax, char* memory,
                            Ring<Layout<D>::stages> ring, Agreement<groups> agreement) {
   using Shape = Layout<D>;
-  const auto thread = static_cast<int>(threadIdx.x);
-  const int group = thread / warpgroup, meeting = 1 + group, warp = thread % warpgroup / 32;
+  const int thread = static_cast<int>(threadIdx.x) % warpgroup, warp = uniform(thread / 32);
+  const int group = uniform(static_cast<int>(threadIdx.x) / warpgroup), meeting = 1 + group;
   char* const space = memory + group * Shape::space_bytes;
+  const HeadLists lists{space};
   const Block own_block{shared_address(space)};
   const uint32_t own = ring.barriers + 8 * (Shape::own + group);
   const uint32_t stages = shared_address(memory) + Shape::stages_at;
@@ -146,23 +146,25 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
     const int first = item.first + group * p.queries, count = max(0, min(p.queries, p.N - first));
     const int end = count > 0 ? p.end_tile(first + count - 1) : item.begin;
 
-    show_to_engines();
-    warpgroup_sync(meeting);  // the last item is done with
-    if (thread % warpgroup == 0) copy_rows<D>(own_block, q, own, p, item, first);
-    Queries queries(p, out, item, first, count);
-    queries.fill_outside(item.begin, end);
+    // In the place of what the warpgroup has had there.
+    auto take_rows = [&] {
+      show_to_engines();
+      warpgroup_sync(meeting);
+      if (thread == 0) copy_rows<D>(own_block, q, own, p, item, first);
+      barrier_wait(own, own_phase);
+      own_phase ^= 1;
+      rows.load(own_block);
+      warpgroup_sync(meeting);
+    };
     rows.place(p, first, count);
-    barrier_wait(own, own_phase);
-    own_phase ^= 1;
-    rows.load(own_block);
-    warpgroup_sync(meeting);  // lists take the place of the rows
+    take_rows();
 
     // Calls f(z, tile) for tiles with candidates.
     auto sweep = [&](auto f) {
       for (int tile = item.begin; tile < item.end; ++tile) {
         float z[8][4];
         ring.wait_full();
-        if (tile < end) rows.multiply(z, stages + ring.stage * Shape::stage_bytes);
+        if (tile < end) rows.multiply(z, stages + uniform(ring.stage) * Shape::stage_bytes);
         warp_arrive(ring.empty(ring.stage));
         ring.next();
         if (tile >= end) continue;
@@ -177,70 +179,77 @@ __device__ void route_rows(const CUtensorMap& q, const HopperRoute& p, const Hop
         ring.next();
       }
     };
-    float* lists = reinterpret_cast<float*>(space) + warp * 16 * Thresholds<curve>::capacity;
-    Thresholds<curve> found(entmax, lists);
-    float tau[2] = {0, 0};
-    if (item.begin < item.end) {
-      sweep([&](const float(&z)[8][4], int) { found.add(z); });
-      found.finish();
 
-      bool moves[2] = {found.lost[0], found.lost[1]}, done = false;
-      // Where they meet, tiles of p take the place of the lists.
-      bool moving = warpgroup_any(meeting, moves[0] || moves[1]);
-      int steps = 0;
-      do {
-        agreement.announce(group, moving);
-        if (moving) {
-          float f[2] = {0, 0}, df[2] = {0, 0};
-          sweep([&](const float(&z)[8][4], int) {
+    Thresholds<curve> found(entmax, lists.rows(warp));
+    sweep([&](const float(&z)[8][4], int tile) { found.add(z, tile); });
+    bool wants = item.begin < item.end;  // one more sweep
+    if constexpr (found.keeps_lists) {
+      const bool lost = warpgroup_any(meeting, found.lost[0] || found.lost[1]);
+      wants = wants && (lost || p.M > RowLists::chunks);
+    }
+    if (item.begin < item.end) agreement.announce(group, wants);
+    found.finish();
+    // Those who take a query know the thresholds of its rows.
+    auto settle = [&] {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const float threshold = rows.routes(i) ? found.threshold[i] : 0;
+        if (thread % 4 == 0) lists.end(rows.lane_row(i)) = {threshold, found.size(i)};
+      }
+      16 % p.g == 0 ? __syncwarp() : warpgroup_sync(meeting);
+    };
+    settle();
+    Queries queries(p, out, item, first, count);
+    queries.fill_outside(item.begin, end);
+    if (wants) {
+      take_rows();  // until here their registers were free for others
+      bool moves[2] = {found.lost[0], found.lost[1]};
+      for (int step = 0; step < entmax.most_steps; ++step) {
+        if (!warpgroup_any(meeting, moves[0] || moves[1])) break;
+        float f[2] = {0, 0}, df[2] = {0, 0};
+        agreement.another();
+        sweep([&](const float(&z)[8][4], int) {
 #pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                entmax.add(z[j][e] - found.threshold[e / 2], f[e / 2], df[e / 2]);
-              }
+          for (int j = 0; j < 8; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              entmax.add(z[j][e] - found.threshold[e / 2], f[e / 2], df[e / 2]);
             }
-          });
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            f[i] = Lanes(4).sum(f[i]);
-            df[i] = Lanes(4).sum(df[i]);
-            moves[i] = moves[i] && entmax.improve(found.threshold[i], f[i], df[i]);
           }
-          moving = warpgroup_any(meeting, moves[0] || moves[1]) && ++steps < entmax.most_steps;
-        } else if (!done) {
-          float threshold[2];  // as the backward pass will have it from tau
+        });
+        agreement.announce(group, true);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            tau[i] = rows.routes(i) ? found.threshold[i] - found.top[i] : 0;
-            threshold[i] = found.top[i] + tau[i];
-          }
-          sweep([&](float(&z)[8][4], int tile) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                z[j][e] = entmax.probability(z[j][e], threshold[e / 2]);
-              }
-            }
-            const RowTile tile_of_p(space + tile % 2 * RowTile::bytes);
-            tile_of_p.put(z);
-            warpgroup_sync(meeting);
-            queries.put_tile(tile_of_p, tile);
-          });
-          done = true;
-        } else {
-          pass();
+        for (int i = 0; i < 2; ++i) {
+          f[i] = Lanes(4).sum(f[i]);
+          df[i] = Lanes(4).sum(df[i]);
+          moves[i] = moves[i] && entmax.improve(found.threshold[i], f[i], df[i]);
         }
-      } while (agreement.another());
-      if (p.routing.center) queries.centre(item.begin, end);
-    }
+      }
+      settle();
+      agreement.another();
+      sweep([&](float(&z)[8][4], int tile) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = rows.lane_row(i) / p.g, head = rows.lane_row(i) % p.g;
-      if (thread % 4 != 0 || query >= count) continue;
-      out.tau[p.at_row(item, first + query, head)] = static_cast<double>(tau[i]);
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            z[j][e] = entmax.probability(z[j][e], found.threshold[e / 2]);
+          }
+        }
+        const RowTile tile_of_p(space + tile % 2 * RowTile::bytes);
+        tile_of_p.put(z);
+        warpgroup_sync(meeting);
+        queries.put_tile(tile_of_p, tile);
+      });
+      agreement.announce(group, false);
+      queries.centre(item.begin, end);
+    } else if constexpr (found.keeps_lists) {
+      queries.put_lists(entmax, lists, item.begin, end);
     }
+    while (item.begin < item.end && agreement.another()) {
+      pass();
+      agreement.announce(group, false);
+    }
+    queries.put_thresholds(lists, item, first);
   });
 }
 
@@ -325,9 +334,13 @@ bool route_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routin
   if (!hopper_route_takes(q, kbar, routing)) return false;
   const HopperRoute p = hopper_route_problem(q, kbar, routing, blocks.first);
   const Summaries summaries = prepare_summaries(kbar, scratch);
-  const HopperRouteOutput out{
-      pointer<double>(tau),        pointer<uint64_t>(blocks.mask), static_cast<int>(blocks.mask[3]),
-      pointer<float>(blocks.bias), pointer<float>(weights),        pointer<double>(read)};
+  const HopperRouteOutput out{pointer<double>(tau),
+                              pointer<uint64_t>(blocks.mask),
+                              static_cast<int>(blocks.mask[3]),
+                              pointer<float>(blocks.bias),
+                              pointer<float>(weights),
+                              pointer<double>(read),
+                              static_cast<float>(1 / routing.sigma)};
   by_dense_head_dim(p.D, [&](auto D) {
     launch("route", route<D>, std::min(p.items(groups), multiprocessors()), threads,
            Layout<D>::shared_bytes,

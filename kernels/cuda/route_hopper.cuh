@@ -58,10 +58,11 @@ struct HopperRoute {
   __device__ int init() const { return static_cast<int>(routing.init_blocks); }
   /// The chunk a query is in.
   __device__ int own(int query) const { return (first + query) / static_cast<int>(routing.chunk); }
-  /// Its candidates are the chunks from init() up to here.
-  __device__ int end(int query) const {
-    return init() + static_cast<int>(candidates(routing, own(query)));
+  /// Candidates of queries in a chunk are the chunks from init() up to here.
+  __device__ int end_of(int own) const {
+    return init() + static_cast<int>(candidates(routing, own));
   }
+  __device__ int end(int query) const { return end_of(own(query)); }
   /// Tiles in which queries before `last` + 1 have candidates: [first_tile(), end_tile(last)).
   __device__ int first_tile() const { return init() / 64; }
   __device__ int end_tile(int last) const {
@@ -226,25 +227,18 @@ class RowTile {
       }
     }
   }
-  /// The means over the heads of the warpgroup's query i, of the columns that a lane has of it: its
-  /// own number and 32 more. Even heads are summed, odd ones, then both.
+  /// The means over the heads of the warpgroup's query i, summed in their order, of the columns
+  /// that a lane has of it: its own number and 32 more.
   __device__ float2 means(int i, int g) const {
     const float* from = at_ + i * g * step + static_cast<int>(threadIdx.x) % 32;
-    float even[2] = {0, 0}, odd[2] = {0, 0};
+    float sum[2] = {0, 0};
 #pragma unroll 4
-    for (int h = 1; h < g; h += 2) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        even[half] += from[(h - 1) * step + 32 * half];
-        odd[half] += from[h * step + 32 * half];
-      }
-    }
-    if (g % 2 != 0) {
-      even[0] += from[(g - 1) * step];
-      even[1] += from[(g - 1) * step + 32];
+    for (int h = 0; h < g; ++h) {
+      sum[0] += from[h * step];
+      sum[1] += from[h * step + 32];
     }
     const float share = 1 / static_cast<float>(g);
-    return make_float2((even[0] + odd[0]) * share, (even[1] + odd[1]) * share);
+    return make_float2(sum[0] * share, sum[1] * share);
   }
 
  private:

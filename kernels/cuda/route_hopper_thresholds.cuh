@@ -3,27 +3,54 @@
 // route_hopper.cu).
 //
 // For alpha > 1 a row's support lies within 1 of its largest entry, so what may be in it is few: a
-// list in shared memory, to which entries are added as they come. The threshold of entries so far
-// is a lower bound of that of all: where a list is full, it drops those below.
+// list in shared memory, to which entries are added as they come, with the chunks they are of. The
+// threshold of entries so far is a lower bound of that of all: where a list is full, it drops those
+// below.
 #include "kernels/cuda/entmax_float.cuh"
 
 namespace entrain::cuda {
 
-/// What sweep 1 finds of a warp's 16 rows: of each lane's two, the largest entry and the threshold
-/// (not shifted). A row's numbers are the same in the four lanes that share it.
+/// Lists of a warp's 16 rows in shared memory: entries and the chunks that they are of. Rows r and
+/// r + 8, which the same lanes have, share words of chunks, half each: a chunk is as far from its
+/// entry wherever that is in a list, so that one address does for both.
+class RowLists {
+ public:
+  static constexpr int capacity = 96;
+  static constexpr int bytes = 16 * capacity * 6;
+  static constexpr int chunks = 1 << 16;  // that a half can tell apart
+
+  __device__ explicit RowLists(void* at) : at_(static_cast<float*>(at)) {}
+  __device__ float* entries(int row) const { return at_ + row * capacity; }
+  /// Of an entry of row r or r + 8, i = 0 or 1.
+  __device__ static uint16_t& chunk(float* entry, unsigned i) {
+    return reinterpret_cast<uint16_t*>(entry)[(32 - 16 * i) * capacity + i];
+  }
+
+ private:
+  float* at_;
+};
+
+/// What a row's list came to.
+struct alignas(8) ListEnd {
+  float threshold;
+  int size;
+};
+
+/// What sweep 1 finds of a warp's 16 rows: of each lane's two the threshold (not shifted). A row's
+/// numbers are the same in the four lanes that share it.
 template <Curve curve>
 class Thresholds {
  public:
-  static constexpr int capacity = 144;  // floats; two rows lie in different banks
+  static constexpr bool keeps_lists = true;
 
-  float top[2] = {-INFINITY, -INFINITY};
   float threshold[2] = {-INFINITY, -INFINITY};  // of the list; before, a lower bound
   bool lost[2] = {false, false};                // not all of the support is in the list
 
-  __device__ Thresholds(const FloatEntmax<curve>& entmax, float* lists)
+  __device__ Thresholds(const FloatEntmax<curve>& entmax, const RowLists& lists)
       : entmax_(entmax), lists_(lists), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
-  __device__ void add(const float (&z)[8][4]) {
+  __device__ int size(int i) const { return size_[i]; }
+  __device__ void add(const float (&z)[8][4], int tile) {
     raise_bounds(z);
     Found found = find(z);
     if (__any_sync(0xffffffffu, overflows(found, 0) || overflows(found, 1))) {
@@ -35,7 +62,7 @@ class Thresholds {
         if (lost[i]) forget(found, i);
       }
     }
-    append(z, found);
+    append(z, tile, found);
   }
   /// Finds the lists' thresholds: Newton's steps of both rows side by side, on entries that the
   /// lane keeps in registers, as far as they go. Lists are seldom longer.
@@ -95,8 +122,7 @@ class Thresholds {
       float best = -INFINITY;
 #pragma unroll
       for (int j = 0; j < 8; ++j) best = fmaxf(best, fmaxf(z[j][2 * i], z[j][2 * i + 1]));
-      top[i] = fmaxf(top[i], Lanes(4).max(best));
-      threshold[i] = fmaxf(threshold[i], top[i] - 1);
+      threshold[i] = fmaxf(threshold[i], Lanes(4).max(best) - 1);
     }
   }
   __device__ Found find(const float (&z)[8][4]) const {
@@ -133,19 +159,21 @@ class Thresholds {
     return both >> 16 * i & 0xffffu;
   }
   __device__ bool overflows(const Found& found, int i) const {
-    return size_[i] + part(found.total, i) > capacity;
+    return size_[i] + part(found.total, i) > RowLists::capacity;
   }
-  __device__ void append(const float (&z)[8][4], const Found& found) {
+  __device__ void append(const float (&z)[8][4], int tile, const Found& found) {
     if (found.bits != 0) {
+      const int first = 64 * tile + lane_ % 4 * 2;
+      float* to[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float* to = list(i) + size_[i] + part(found.before, i);
+      for (int i = 0; i < 2; ++i) to[i] = list(i) + size_[i] + part(found.before, i);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < 8; ++j) {
 #pragma unroll
-          for (int e = 2 * i; e < 2 * i + 2; ++e) {
-            if (found.bits >> bit(j, e) & 1) *to++ = z[j][e];
-          }
+        for (int e = 0; e < 4; ++e) {
+          if ((found.bits >> bit(j, e) & 1) == 0) continue;
+          *to[e / 2] = z[j][e];
+          RowLists::chunk(to[e / 2]++, e / 2) = static_cast<uint16_t>(first + 8 * j + e % 2);
         }
       }
     }
@@ -159,7 +187,7 @@ class Thresholds {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       threshold[i] = entmax_.template threshold<4>(list(i), size_[i], threshold[i]);
-      size_[i] = keep_above(threshold[i], list(i), size_[i]);
+      keep_above(threshold[i], i);
     }
   }
   /// Lists end at multiples of four.
@@ -176,26 +204,32 @@ class Thresholds {
     return c < size_[i] ? *reinterpret_cast<const float4*>(list(i) + c)
                         : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
   }
-  /// How many of a row's entries are left; whole warps together.
-  __device__ int keep_above(float t, float* row, int size) const {
+  /// Keeps these entries of the lane's row i; whole warps together.
+  __device__ void keep_above(float t, int i) {
+    float* const row = list(i);
     const int rank = lane_ % 4;
     int kept = 0;
-    for (int c = rank; __any_sync(0xffffffffu, c - rank < size); c += 4) {
-      const float a = c < size ? row[c] : -INFINITY;
+    for (int c = rank; __any_sync(0xffffffffu, c - rank < size_[i]); c += 4) {
+      const float a = c < size_[i] ? row[c] : -INFINITY;
+      const uint16_t chunk = a > t ? RowLists::chunk(row + c, i) : 0;
       const uint32_t all = __ballot_sync(0xffffffffu, a > t) >> (lane_ - rank) & 0xfu;
-      if (a > t) row[kept + __popc(all & ((1u << rank) - 1))] = a;  // what all have read
+      if (a > t) {
+        float* const to = row + kept + __popc(all & ((1u << rank) - 1));  // what all have read
+        *to = a;
+        RowLists::chunk(to, i) = chunk;
+      }
       kept += __popc(all);
       __syncwarp();
     }
-    return kept;
+    size_[i] = kept;
   }
   /// Of the lane's row i.
   __device__ float* list(int i) const {
-    return lists_ + (lane_ / 4 + 8 * i) * capacity;
+    return lists_.entries(lane_ / 4 + 8 * i);
   }
 
   const FloatEntmax<curve>& entmax_;
-  float* const lists_;  // [16, capacity]
+  const RowLists lists_;
   const int lane_;
   int size_[2] = {0, 0};
 };
@@ -204,18 +238,19 @@ class Thresholds {
 template <>
 class Thresholds<Curve::exponential> {
  public:
-  static constexpr int capacity = 0;
+  static constexpr bool keeps_lists = false;
 
-  float top[2] = {-INFINITY, -INFINITY};  // of the lane's own entries until finish()
   float threshold[2];
   bool lost[2] = {false, false};
 
-  __device__ Thresholds(const FloatEntmax<Curve::exponential>&, float*) {}
+  __device__ Thresholds(const FloatEntmax<Curve::exponential>&, const RowLists&) {}
 
-  __device__ void add(const float (&z)[8][4]) {
+  __device__ static int size(int) { return 0; }
+
+  __device__ void add(const float (&z)[8][4], int) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float best = top[i];
+      float best = top_[i];
 #pragma unroll
       for (int j = 0; j < 8; ++j) best = fmaxf(best, fmaxf(z[j][2 * i], z[j][2 * i + 1]));
       raise(i, best);
@@ -229,17 +264,18 @@ class Thresholds<Curve::exponential> {
   __device__ void finish() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      raise(i, Lanes(4).max(top[i]));
-      threshold[i] = top[i] + logf(Lanes(4).sum(sum_[i]));
+      raise(i, Lanes(4).max(top_[i]));
+      threshold[i] = top_[i] + logf(Lanes(4).sum(sum_[i]));
     }
   }
 
  private:
   __device__ void raise(int i, float to) {
-    if (to > top[i]) sum_[i] *= expf(top[i] - to);
-    top[i] = to;
+    if (to > top_[i]) sum_[i] *= expf(top_[i] - to);
+    top_[i] = to;
   }
 
+  float top_[2] = {-INFINITY, -INFINITY};  // of the lane's own entries until finish()
   float sum_[2] = {0, 0};
 };
 
