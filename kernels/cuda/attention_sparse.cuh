@@ -79,7 +79,6 @@ class DrawnItems {
       const auto last = static_cast<unsigned>(count_) + gridDim.x - 1;
       const int number = uniform(hands_on ? static_cast<int>(atomicInc(counter, last)) : 0);
       places_.wait_empty();
-      __syncwarp();  // all lanes have seen it empty before it fills
       if (hands_on) {
         numbers_[places_.stage] = number;
         barrier_arrive(places_.full());
@@ -135,29 +134,22 @@ struct SparseStep {
   float bias[groups * block_rows];  // of the item's queries on the tile's block, where there is one
 };
 
-/// The ring of a thread block of `groups` warpgroups, in shared memory. apart: V has a ring of its
-/// own, and follows after the next step's K; else a stage has both.
-template <int D, int groups, int stages, bool apart>
+/// The ring of a thread block of `groups` warpgroups, in shared memory.
+template <int D, int groups, int stages>
 class SparseRing : public Ring<stages> {
  public:
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int barrier_bytes = 8 * 2 * stages;
   static constexpr int bytes =
-      stages * (2 * block_bytes + static_cast<int>(sizeof(SparseStep<groups>))) +
-      (apart ? 2 : 1) * barrier_bytes;
-
-  Ring<stages> values;  // where V is apart; nothing comes for an item's end
+      stages * (2 * block_bytes + static_cast<int>(sizeof(SparseStep<groups>))) + 8 * 2 * stages;
 
   /// memory: `bytes` at a multiple of 1024.
   __device__ explicit SparseRing(char* memory)
-      : Ring<stages>{shared_address(memory) + bytes - barrier_bytes},
-        values{this->barriers - barrier_bytes},
+      : Ring<stages>{shared_address(memory) + bytes - 8 * 2 * stages},
         blocks_(shared_address(memory)),
         steps_(reinterpret_cast<SparseStep<groups>*>(memory + stages * 2 * block_bytes)) {}
   /// By one thread, before barrier_init_done(). Each warp of the warpgroups empties a stage.
   __device__ void init(const AttentionProblem& p) const {
     Ring<stages>::init(this->barriers, 4 * groups, p.bias ? 1 + 32 : 1);
-    if (apart) Ring<stages>::init(values.barriers, 4 * groups);
   }
 
   __device__ Block k(int stage) const { return {blocks_ + 2 * stage * block_bytes}; }
@@ -176,17 +168,6 @@ class SparseRing : public Ring<stages> {
     const int first_tile = begin / key_tile / 32 * 32;
     Masks masks;
     masks.load(p, queries / groups, item, first_tile);
-    int before = -1;  // the tile whose V is to come, where V is apart
-    const auto copy_values = [&] {
-      if (!apart || before < 0) return;
-      values.wait_empty();
-      __syncwarp();
-      if (lane == 0) {
-        barrier_arrive_expecting(values.full(), block_bytes);
-        copy_block<D>(v(values.stage), v_map, values.full(), before * key_tile, item.r, item.b);
-      }
-      values.next();
-    };
     for (int tile0 = first_tile; tile0 * key_tile < end; tile0 += 32) {
       uint64_t attending[groups];
       find_attending(attending, p, queries / groups, item, tile0, masks);
@@ -211,15 +192,11 @@ class SparseRing : public Ring<stages> {
           step.tile = tile;
 #pragma unroll
           for (int w = 0; w < groups; ++w) step.attending[w] = attending[w];
-          barrier_arrive_expecting(this->full(), apart ? block_bytes : 2 * block_bytes);
+          barrier_arrive_expecting(this->full(), 2 * block_bytes);
           copy_block<D>(k(this->stage), k_map, this->full(), tile * key_tile, item.r, item.b);
-          if (!apart) {
-            copy_block<D>(v(this->stage), v_map, this->full(), tile * key_tile, item.r, item.b);
-          }
+          copy_block<D>(v(this->stage), v_map, this->full(), tile * key_tile, item.r, item.b);
         }
         this->next();
-        copy_values();
-        before = tile;
       }
     }
     this->wait_empty();
@@ -233,7 +210,6 @@ class SparseRing : public Ring<stages> {
       barrier_arrive(this->full());
     }
     this->next();
-    copy_values();
   }
 
  private:

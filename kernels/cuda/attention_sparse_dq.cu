@@ -42,7 +42,7 @@ template <int D>
 struct QueryGradients {
   static constexpr int groups = D == 64 ? 3 : 2, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 8 : 4;
-  using Ring = SparseRing<D, groups, stages, false>;
+  using Ring = SparseRing<D, groups, stages>;
   using Items = DrawnItems<groups>;
 
   // Own blocks come first, then the ring, its sums of dS, barriers for each warpgroup's blocks and

@@ -15,12 +15,8 @@
 // either, whose products are 512. Three take 3.4 instead of 4.4 ms where all tiles are attended,
 // but 1.15 at that density, where they have fewer tiles in common and a quarter of the time no
 // item; with items dealt out as multiprocessors come free, 0.90. With items drawn, so that one
-// starts while another ends, and K and V apart, 0.75 is expected. Four warpgroups, for D 64, would
-// have 112 registers, which are too few.
-//
-// K of a step is done with when S is there, V a step later: each has a ring of its own, so that
-// warpgroups can be further apart before the slowest holds up the copies (in a simulation 4% less
-// time where each attends 7 of 8 tiles, 10% where it attends 2 of 3).
+// starts while another ends, 0.78 is expected. Four warpgroups, for D 64, would have 112 registers,
+// which are too few.
 //
 // Four warps copy: one for each warpgroup its q, as soon as it has seen the last of its item
 // before, and one the keys.
@@ -39,7 +35,7 @@ template <int D>
 struct Forward {
   static constexpr int groups = 3, threads = (groups + 1) * warpgroup;
   static constexpr int stages = D == 64 ? 11 : 5;
-  using Stages = SparseRing<D, groups, stages, true>;
+  using Stages = SparseRing<D, groups, stages>;
   using Items = DrawnItems<groups>;
   // q's blocks, the ring, the barriers of q and items; blocks at multiples of 1024.
   static constexpr int ring_at = groups * Stages::block_bytes, own_at = ring_at + Stages::bytes;
@@ -214,10 +210,8 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
     Fragment weights[4];
     OnlineSoftmax softmax;
     pin(sum);
-    int before = -1;    // the stage of V whose P V is yet to be started
-    int passed = 0;     // tiles passed over since
-    bool first = true;  // whether the step is the item's first
-    bool took = false;  // whether the warpgroup attends the tile of the one before
+    int before = -1;  // the stage whose P V is yet to be started
+    int passed = 0;   // tiles passed over since
     const auto finish = [&] {
       if (before < 0) return;
       products_fence();
@@ -225,39 +219,24 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
       products_commit();
       products_wait<0>();
       pin(sum);
-      warp_arrive(ring.values.empty(before));
+      warp_arrive(ring.empty(before));
       before = -1;
-    };
-    // V of the step before has come after this step's K.
-    const auto see_values = [&] {
-      if (!first) {
-        const int place = uniform(ring.values.stage);
-        ring.values.wait_full();
-        if (!took) warp_arrive(ring.values.empty(place));
-        before = took ? place : before;
-        ring.values.next();
-      }
-      first = false;
     };
 #pragma unroll 1
     for (;; ring.next()) {
       ring.wait_full();
       const int stage = ring.stage, tile = ring.step().tile;
       const uint64_t attending = ring.step().attending[mine];
-      if (!__any_sync(~0u, attending != 0)) {
-        see_values();
-        took = false;
+      if (attending == 0) {
         if (tile < 0) break;
-        warp_arrive(ring.empty(stage));
-        // While P V waits, so may copies, for its stage: at most for half of the ring.
+        // While P V waits, so may the copies, for its stage: at most for half of the ring.
         if (++passed > Shape::stages / 2) finish();
+        warp_arrive(ring.empty(stage));
         continue;
       }
       products_fence();
       q.by_rows(s, ring.k(stage));
       products_commit();
-      see_values();
-      took = true;
       bool on[2];
       float bias[2];
       const auto find_biases = [&] {
@@ -280,14 +259,12 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
         products_wait<0>();
       }
       pin(s);
-      warp_arrive(ring.empty(stage));
       rows.hide_unseen(s, tile);
       float correction[2];
       const bool rescale = softmax.update(s, correction, on, bias, scale);
       products_wait<0>();
       pin(sum);
-      if (before >= 0) warp_arrive(ring.values.empty(before));
-      before = -1;
+      if (before >= 0) warp_arrive(ring.empty(before));
       if (rescale) {
 #pragma unroll
         for (int j = 0; j < D / 8; ++j) {
@@ -296,6 +273,7 @@ __global__ void __launch_bounds__(Forward<D>::threads, 1)
         }
       }
       round_to(weights, s);
+      before = stage;
       passed = 0;
     }
     warp_arrive(own.empty(0));
