@@ -5,8 +5,9 @@
 // Its four warps have jobs of their own. The finder draws items, finds their queries in the masks
 // and lists those of one step after the other, some steps ahead. Two fillers take turns at the
 // lists: one looks up where its step's rows are, and reads their numbers, while the stage is still
-// in use, and starts the copies as soon as it is free. The fourth warp copies K and V when those of
-// the item before have been done with.
+// in use (where D is 64 and registers suffice: before it fills the stage of its list before), and
+// starts the copies as soon as it is free. The fourth warp copies K and V when those of the item
+// before have been done with.
 #include "kernels/cuda/attending_queries.cuh"
 #include "kernels/cuda/attention_sparse.cuh"
 
@@ -14,7 +15,7 @@ namespace entrain::cuda::sparse_keys {
 
 constexpr int consumers = 2, threads = (1 + consumers) * warpgroup;
 constexpr int fillers = 2;           // warps
-constexpr int found_together = 256;  // queries whose masks are looked at together
+constexpr int found_together = 128;  // queries whose masks are looked at together
 
 /// How the work is divided.
 struct Items {
@@ -69,12 +70,22 @@ struct alignas(16) Step {
 };
 
 /// The queries of a step: `count` of those found, from the first-th on.
-struct List {
+struct alignas(16) List {
   uint32_t first;
   int count;
   Step::Kind kind;
-  int kv_head, b, head0;  // of the batch's kv heads, which is of b; its first head
-  int block;              // of keys
+  uint32_t row0;  // the kv head's first query, of the batch's [B, Hkv, N]
+  int b, head0;   // its batch and its first head
+  int block;      // of keys
+};
+
+/// Neighbouring queries of a list, whose rows one copy brings: 2^log of them from `query` on, of
+/// which the first is the place-th of the step.
+struct Box {
+  int query, at;  // at: 8 place + log
+
+  __device__ int place() const { return at / 8; }
+  __device__ int log() const { return at % 8; }
 };
 
 /// Shared memory, and the rings in it.
@@ -84,7 +95,7 @@ struct Memory {
   // is 128. Stages and lists are even in number: each then is always filled by the same filler, for
   // the same of the warpgroups that compute. Between two that are ahead of each other, a barrier's
   // parity would not tell a phase from the one before the last.
-  static constexpr int stages = D == 64 ? 12 : 6, dout_stages = D == 64 ? 12 : 4;
+  static constexpr int stages = D == 64 ? 10 : 6, dout_stages = D == 64 ? 10 : 4;
   static constexpr int lists_ahead = 8, items_ahead = 2;
   static_assert(stages % 2 == 0 && dout_stages % 2 == 0 && lists_ahead % 2 == 0);
   // Room for those of all lists, of one to come and for what is found at a time.
@@ -96,13 +107,18 @@ struct Memory {
   static constexpr int steps_at =
       barriers_at + 8 * 2 * (stages + dout_stages + 1 + lists_ahead + items_ahead);
   static constexpr int lists_at = steps_at + stages * static_cast<int>(sizeof(Step));
-  static constexpr int items_at = lists_at + lists_ahead * static_cast<int>(sizeof(List));
-  static constexpr int queries_at = items_at + 4 * (1 + items_ahead);
-  static constexpr int bytes = 1024 + queries_at + 4 * queries_kept;
+  static constexpr int boxes_at = lists_at + lists_ahead * static_cast<int>(sizeof(List));
+  static constexpr int list_boxes = block_rows + 1;  // one is read in vain
+  static constexpr int queries_at =
+      boxes_at + lists_ahead * list_boxes * static_cast<int>(sizeof(Box));
+  static constexpr int items_at = queries_at + 4 * queries_kept;
+  static constexpr int bytes = 1024 + items_at + 4 * (1 + items_ahead);
+  static_assert(steps_at % 16 == 0 && bytes <= 227 * 1024);
 
   char* blocks;
   Step* steps;
   List* lists;
+  Box* boxes;         // list_boxes for each list
   int* items;         // the numbers of the one whose K and V are here, and of those whose will be
   int* queries;       // the last queries_kept that were found
   Ring<stages> ring;  // of steps
@@ -116,6 +132,7 @@ struct Memory {
     blocks = start + (1024 - shared_address(start) % 1024) % 1024;
     steps = reinterpret_cast<Step*>(blocks + steps_at);
     lists = reinterpret_cast<List*>(blocks + lists_at);
+    boxes = reinterpret_cast<Box*>(blocks + boxes_at);
     items = reinterpret_cast<int*>(blocks + items_at);
     queries = reinterpret_cast<int*>(blocks + queries_at);
     ring.barriers = shared_address(blocks) + barriers_at;
@@ -224,35 +241,47 @@ class Finder {
                                min(begin + w_.items.length, static_cast<int>(p.N)));
     // Blocks are whole tiles: of a tile, masks have one bit.
     const int block = item.tile * key_tile / static_cast<int>(p.block);
-    const int64_t step = 2 * p.words;
+    const uint32_t row0 = item.kv_head * static_cast<uint32_t>(p.N), bit = 1u << block % 32;
     const auto* masks =
-        reinterpret_cast<const uint32_t*>(p.mask) + item.kv_head * p.N * step + block / 32;
+        reinterpret_cast<const uint32_t*>(p.mask + row0 * int64_t{p.words}) + block / 32;
+    const auto words_of_query = static_cast<uint32_t>(2 * p.words);
     const auto hand_over_step = [&](int count) {
       __syncwarp();
       const int first = memory_.query(handed_), last = memory_.query(handed_ + count - 1);
       const bool whole = first >= seeing.all_begin && last < seeing.all_end;
       if (lane == 0) {
         List& list = memory_.lists[memory_.list_ring.stage];
-        list.kv_head = item.kv_head;
+        list.row0 = row0;
         list.b = item.b;
         list.head0 = item.r * static_cast<int>(p.g);
         list.block = block;
       }
       hand_over(count, whole ? Step::whole : Step::part);
     };
-    for (int i = seeing.begin; i < seeing.end; i += found_together) {
-      uint32_t words[found_together / 32];
+    uint32_t words[found_together / 32];
+    const auto load = [&](int first) {
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        words[j] = p.mask ? masks[min(i + 32 * j + lane, seeing.end - 1) * step] : ~0u;
+        const int query = first + 32 * j + lane;
+        words[j] = 0;
+        if (query >= seeing.end) continue;
+        words[j] = p.mask ? masks[static_cast<uint32_t>(query) * uint64_t{words_of_query}] : ~0u;
       }
+    };
+    load(seeing.begin);
+    for (int i = seeing.begin; i < seeing.end; i += found_together) {
+      uint32_t attending[found_together / 32];
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        const int query = i + 32 * j + lane;
-        const bool attends = query < seeing.end && words[j] >> block % 32 & 1;
-        const uint32_t all = __ballot_sync(~0u, attends);
-        if (attends) memory_.query(found_ + __popc(all & ((1u << lane) - 1))) = query;
-        found_ += __popc(all);
+        attending[j] = __ballot_sync(~0u, words[j] & bit);
+      }
+      load(i + found_together);  // the next ones are on their way meanwhile
+#pragma unroll
+      for (int j = 0; j < found_together / 32; ++j) {
+        if (attending[j] >> lane & 1) {
+          memory_.query(found_ + __popc(attending[j] & ((1u << lane) - 1))) = i + 32 * j + lane;
+        }
+        found_ += __popc(attending[j]);
       }
       while (waiting() >= w_.pack.queries) hand_over_step(w_.pack.queries);
     }
@@ -307,126 +336,175 @@ __device__ __forceinline__ void copy_keys(const Work& w, const Maps& maps, Memor
   }
 }
 
-/// Queries of a list, one a lane, from `first` on. A place without a query has one after the last:
-/// its rows are copied as zeros.
-struct ListedQueries {
-  int query;
-  int run;  // log2 of how many from here on can come by one copy, since they are neighbours
-
-  template <int D>
-  __device__ ListedQueries(const Work& w, const Memory<D>& memory, const List& list, int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, i = first + lane;
-    query = i < list.count ? memory.query(list.first + i) : static_cast<int>(w.p.N) + i;
-    const int next = __shfl_down_sync(~0u, query, 1);
-    const bool more = lane < 31 && i + 1 < w.pack.queries && next == query + 1;
-    const uint32_t from_here = __ballot_sync(~0u, more) >> lane;
-    run = 31 - __clz(__ffs(static_cast<int>(~from_here)));
-  }
-  /// By a warp: starts copying their rows to the stages at hand.
-  template <int D>
-  __device__ void copy(const Work& w, const Maps& maps, const Memory<D>& memory, int first,
-                       int head0, int b) const {
-    const auto& ring = memory.ring;
-    const int g = static_cast<int>(w.p.g);
-    const Block q = memory.q(uniform(ring.stage)), dout = memory.dout(uniform(memory.douts.stage));
-    const int end = min(32, w.pack.queries - first);
-    for (int i = 0; i < end;) {
-      const int token = __shfl_sync(~0u, query, i), of = __shfl_sync(~0u, run, i);
-      if (threadIdx.x % 32 == 0) {
-#pragma unroll
-        for (int panel = 0; panel < D / 64; ++panel) {
-          const int at = panel * panel_bytes + (first + i) * g * 128;
-          copy_panel(q.address + at, maps.q[of], ring.full(), panel * 64, head0, token, b);
-          copy_panel(dout.address + at, maps.dout[of], ring.full(), panel * 64, head0, token, b);
-        }
-      }
-      i += 1 << of;
-    }
-  }
-};
-
-/// What comes with a row of a list. Where there is no query the log sum is infinite: the row's P
-/// is 0.
-struct RowNumbers {
-  float log_sum = INFINITY, delta = 0, bias = 0;
-
-  template <int D>
-  __device__ RowNumbers(const Work& w, const Memory<D>& memory, const List& list, int row) {
-    const int i = w.pack.query(row);
-    if (i >= list.count) return;
-    const int64_t query = list.kv_head * w.p.N + memory.query(list.first + i);
-    const float2 numbers = w.numbers[query * w.p.g + w.pack.head(row)];
-    log_sum = numbers.x;
-    delta = numbers.y;
-    if (w.p.bias) bias = w.p.bias[query * w.p.bias_blocks + list.block];
-  }
-};
-
-/// A filler's work, of a warp; mine: 0 or 1.
+/// The work of one of the fillers, a warp.
 template <int D>
-__device__ __forceinline__ void fill_steps(const Work& w, const Maps& maps, int mine,
-                                           Memory<D>& memory) {
-  auto& lists = memory.list_ring;
-  auto& ring = memory.ring;
-  auto& douts = memory.douts;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto next = [&](int steps) {
-    for (int i = 0; i < steps; ++i) {
-      lists.next();
-      ring.next();
+class Filler {
+ public:
+  /// mine: 0 or 1.
+  __device__ Filler(const Work& w, const Maps& maps, int mine, Memory<D>& memory)
+      : w_(w),
+        maps_(maps),
+        memory_(memory),
+        lists_(memory.list_ring),
+        ring_(memory.ring),
+        douts_(memory.douts) {
+    if (mine == 0) return;
+    lists_.next();
+    ring_.next();
+    douts_.next();
+  }
+
+  __device__ void run() {
+    for (Listed now = read(); now.list.kind != Step::stop;) {
+      if constexpr (D == 64) {  // registers for two
+        const Listed next = read();
+        fill(now);
+        now = next;
+      } else {
+        fill(now);
+        now = read();
+      }
     }
+  }
+
+ private:
+  /// A list, and what comes with two rows of its step: the lane-th and the 32nd after it. Where
+  /// there is no query the log sum is infinite: the row's P is 0.
+  struct Listed {
+    List list;
+    int place;          // in the ring
+    int boxes = 0;      // which are in shared memory
+    int copied = 0;     // queries in all of these
+    float2 numbers[2];  // on their way
+    float bias[2];
   };
-  if (mine == 1) douts.next();
-  for (next(mine);; next(fillers)) {
-    lists.wait_full();
-    const List& list = memory.lists[lists.stage];
-    const Step::Kind kind = list.kind;
-    if (kind == Step::stop) return;
-    Step& step = memory.steps[ring.stage];
-    if (kind == Step::end) {
-      ring.wait_empty();
-      if (lane == 0) step.kind = kind;
-      warp_arrive(ring.full());
-      warp_arrive(lists.empty(lists.stage));
-      continue;
-    }
-    // Where things are is found out before there is room for them.
-    const ListedQueries queries(w, memory, list, 0);
-    const RowNumbers numbers[2] = {{w, memory, list, lane}, {w, memory, list, lane + 32}};
-    const int head0 = list.head0, b = list.b;
-    douts.wait_empty();
-    ring.wait_empty();
-    queries.copy(w, maps, memory, 0, head0, b);
-    if (w.pack.queries > 32) {
-      ListedQueries(w, memory, list, 32).copy(w, maps, memory, 32, head0, b);
-    }
+
+  __device__ Listed read() {
+    lists_.wait_full();
+    Listed listed;
+    listed.place = lists_.stage;
+    listed.list = memory_.lists[listed.place];
+    for (int i = 0; i < fillers; ++i) lists_.next();
+    if (listed.list.kind == Step::end || listed.list.kind == Step::stop) return listed;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = lane + 32 * i, place = w.pack.query(row);
-      step.log_sums[row] = numbers[i].log_sum - numbers[i].bias * log2_e;
-      step.deltas[row] = numbers[i].delta;
-      if (kind == Step::part) {
-        step.seen[row] =
-            place < list.count ? seen_by(w.p, memory.query(list.first + place)) : KeyRange{0, 0};
-      }
+      const int row = lane_ + 32 * i, nth = w_.pack.query(row);
+      listed.numbers[i] = {INFINITY, 0};
+      listed.bias[i] = 0;
+      if (nth >= listed.list.count) continue;
+      // Rows of a batch are fewer than 2^32.
+      const uint64_t query = listed.list.row0 + memory_.query(listed.list.first + nth);
+      listed.numbers[i] = w_.numbers[query * static_cast<uint32_t>(w_.p.g) + w_.pack.head(row)];
+      if (!w_.p.bias) continue;
+      listed.bias[i] =
+          w_.p.bias[query * static_cast<uint32_t>(w_.p.bias_blocks) + listed.list.block];
     }
+    find_boxes(listed, 0);
+    if (w_.pack.queries > 32) find_boxes(listed, 32);
     __syncwarp();
-    if (lane == 0) {
-      step.kind = kind;
-      // Bytes may arrive before they are expected.
-      barrier_arrive_expecting(ring.full(), 2 * 2 * D * w.pack.queries * static_cast<int>(w.p.g));
-      barrier_arrive(lists.empty(lists.stage));
-    }
-    for (int i = 0; i < fillers; ++i) douts.next();
+    return listed;
   }
-}
+  /// Of the step's places [first, first + 32), one a lane. A place without a query has one after
+  /// the last: its rows are copied as zeros. A run of neighbours takes two boxes at most: the
+  /// largest that it holds, at its begin, and for the rest the smallest that holds this, at its
+  /// end. They may overlap, and bring the same there.
+  __device__ void find_boxes(Listed& listed, int first) {
+    const List& list = listed.list;
+    const int place = first + lane_;
+    const int query =
+        place < list.count ? memory_.query(list.first + place) : static_cast<int>(w_.p.N) + place;
+    const int next = __shfl_down_sync(~0u, query, 1);
+    const bool is_place = place < w_.pack.queries;
+    const uint32_t joined =
+        __ballot_sync(~0u, lane_ < 31 && place + 1 < w_.pack.queries && next == query + 1);
+    // Of the lane's run, so many are before it and so many from it on.
+    const int before = __clz(static_cast<int>(~(joined << (31 - lane_) << 1)));
+    const int rest = __ffs(static_cast<int>(~(joined >> lane_)));
+    const int largest = 31 - __clz(before + rest);
+    const bool begins = is_place && before == 0;
+    const bool begins_rest = is_place && before == 1 << largest;
+    const int log = begins ? largest : 32 - __clz(rest - 1);
+    const int back = begins ? 0 : (1 << log) - rest;
+    const uint32_t all = __ballot_sync(~0u, begins || begins_rest);
+    if (begins || begins_rest) {
+      const int nth = listed.boxes + __popc(all & ((1u << lane_) - 1));
+      boxes(listed)[nth] = {query - back, (place - back) * 8 + log};
+    }
+    listed.boxes += __popc(all);
+    listed.copied += __reduce_add_sync(~0u, begins || begins_rest ? 1 << log : 0);
+  }
+  /// Fills the next stage.
+  __device__ void fill(const Listed& listed) {
+    const List& list = listed.list;
+    Step& step = memory_.steps[ring_.stage];
+    if (list.kind == Step::end) {
+      ring_.wait_empty();
+      if (lane_ == 0) step.kind = Step::end;
+      warp_arrive(ring_.full());
+    } else {
+      douts_.wait_empty();
+      ring_.wait_empty();
+      copy_rows(listed);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane_ + 32 * i, nth = w_.pack.query(row);
+        step.log_sums[row] = listed.numbers[i].x - listed.bias[i] * log2_e;
+        step.deltas[row] = listed.numbers[i].y;
+        if (list.kind == Step::part) {
+          step.seen[row] =
+              nth < list.count ? seen_by(w_.p, memory_.query(list.first + nth)) : KeyRange{0, 0};
+        }
+      }
+      __syncwarp();
+      if (lane_ == 0) {
+        step.kind = list.kind;
+        // Bytes may arrive before they are expected.
+        barrier_arrive_expecting(ring_.full(),
+                                 2 * 2 * D * listed.copied * static_cast<int>(w_.p.g));
+      }
+      for (int i = 0; i < fillers; ++i) douts_.next();
+    }
+    warp_arrive(lists_.empty(listed.place));
+    for (int i = 0; i < fillers; ++i) ring_.next();
+  }
+  /// Starts copying the list's rows of q and dO to the stages at hand.
+  __device__ void copy_rows(const Listed& listed) const {
+    const Block q = memory_.q(ring_.stage), dout = memory_.dout(douts_.stage);
+    const uint32_t full = ring_.full();
+    const int head0 = listed.list.head0, b = listed.list.b, bytes = static_cast<int>(w_.p.g) * 128;
+    const Box* next = boxes(listed);
+    if (!elected()) return;
+    Box box = *next;
+    for (int i = 0; i < listed.boxes; ++i) {
+      const Box then = *++next;
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        const int at = panel * panel_bytes + box.place() * bytes;
+        copy_panel(q.address + at, maps_.q[box.log()], full, panel * 64, head0, box.query, b);
+        copy_panel(dout.address + at, maps_.dout[box.log()], full, panel * 64, head0, box.query, b);
+      }
+      box = then;
+    }
+  }
+  __device__ Box* boxes(const Listed& listed) const {
+    return memory_.boxes + listed.place * Memory<D>::list_boxes;
+  }
+
+  const Work& w_;
+  const Maps& maps_;
+  Memory<D>& memory_;
+  decltype(Memory<D>::list_ring) lists_;
+  decltype(Memory<D>::ring) ring_;
+  decltype(Memory<D>::douts) douts_;
+  const int lane_ = static_cast<int>(threadIdx.x) % 32;
+};
 
 /// The work of the warpgroup that copies.
 template <int D>
 __device__ __forceinline__ void copy_items(const Work& w, const Maps& maps, Memory<D>& memory) {
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   if (warp < fillers) {
-    fill_steps(w, maps, warp, memory);
+    Filler<D>(w, maps, warp, memory).run();
   } else if (warp == fillers) {
     Finder<D>(w, memory).run();
   } else if (threadIdx.x % 32 == 0) {
