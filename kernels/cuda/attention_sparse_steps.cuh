@@ -79,13 +79,13 @@ struct alignas(16) List {
   int block;      // of keys
 };
 
-/// Neighbouring queries of a list, whose rows one copy brings: 2^log of them from `query` on, of
-/// which the first is the place-th of the step.
-struct Box {
-  int query, at;  // at: 8 place + log
+/// Neighbouring queries of a list, whose rows one copy brings: 2^log of them from `query` on.
+struct alignas(8) Box {
+  int query;
+  uint32_t at;  // their first row in a panel, in bytes, which are a multiple of 128; plus log
 
-  __device__ int place() const { return at / 8; }
-  __device__ int log() const { return at % 8; }
+  __device__ uint32_t row() const { return at - log(); }
+  __device__ uint32_t log() const { return at % 8; }
 };
 
 /// Shared memory, and the rings in it.
@@ -221,7 +221,7 @@ class Finder {
       find(Item(w_.items, n));
     }
     announce(-1);
-    for (int i = 0; i < fillers; ++i) hand_over(0, Step::stop);
+    for (int i = 0; i < fillers; ++i) hand_over({.kind = Step::stop});
   }
 
  private:
@@ -241,31 +241,30 @@ class Finder {
                                min(begin + w_.items.length, static_cast<int>(p.N)));
     // Blocks are whole tiles: of a tile, masks have one bit.
     const int block = item.tile * key_tile / static_cast<int>(p.block);
-    const uint32_t row0 = item.kv_head * static_cast<uint32_t>(p.N), bit = 1u << block % 32;
-    const auto* masks =
-        reinterpret_cast<const uint32_t*>(p.mask + row0 * int64_t{p.words}) + block / 32;
-    const auto words_of_query = static_cast<uint32_t>(2 * p.words);
+    List step{};
+    step.row0 = static_cast<uint32_t>(item.kv_head * p.N);
+    step.b = item.b;
+    step.head0 = item.r * static_cast<int>(p.g);
+    step.block = block;
     const auto hand_over_step = [&](int count) {
       __syncwarp();
       const int first = memory_.query(handed_), last = memory_.query(handed_ + count - 1);
       const bool whole = first >= seeing.all_begin && last < seeing.all_end;
-      if (lane == 0) {
-        List& list = memory_.lists[memory_.list_ring.stage];
-        list.row0 = row0;
-        list.b = item.b;
-        list.head0 = item.r * static_cast<int>(p.g);
-        list.block = block;
-      }
-      hand_over(count, whole ? Step::whole : Step::part);
+      step.count = count;
+      step.kind = whole ? Step::whole : Step::part;
+      hand_over(step);
     };
+    const uint32_t bit = 1u << block % 32, without_mask = p.mask ? 0 : ~0u;
+    const int64_t words_of_query = 2 * p.words;
+    const auto* mask = reinterpret_cast<const uint32_t*>(p.mask) + block / 32 +
+                       (item.kv_head * p.N + seeing.begin + lane) * words_of_query;
     uint32_t words[found_together / 32];
     const auto load = [&](int first) {
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        const int query = first + 32 * j + lane;
-        words[j] = 0;
-        if (query >= seeing.end) continue;
-        words[j] = p.mask ? masks[static_cast<uint32_t>(query) * uint64_t{words_of_query}] : ~0u;
+        words[j] = without_mask;
+        if (p.mask && first + 32 * j + lane < seeing.end) words[j] = *mask;
+        mask += 32 * words_of_query;
       }
     };
     load(seeing.begin);
@@ -273,7 +272,7 @@ class Finder {
       uint32_t attending[found_together / 32];
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        attending[j] = __ballot_sync(~0u, words[j] & bit);
+        attending[j] = __ballot_sync(~0u, words[j] & bit && i + 32 * j + lane < seeing.end);
       }
       load(i + found_together);  // the next ones are on their way meanwhile
 #pragma unroll
@@ -286,20 +285,16 @@ class Finder {
       while (waiting() >= w_.pack.queries) hand_over_step(w_.pack.queries);
     }
     if (waiting() > 0) hand_over_step(waiting());
-    for (int i = 0; i < consumers; ++i) hand_over(0, Step::end);
+    for (int i = 0; i < consumers; ++i) hand_over({.kind = Step::end});
   }
-  /// So many queries in the list at hand, whose place is always free.
-  __device__ void hand_over(int count, Step::Kind kind) {
+  /// The first queries that have not been, in a list whose place is always free.
+  __device__ void hand_over(List list) {
     auto& ring = memory_.list_ring;
-    if (threadIdx.x % 32 == 0) {
-      List& list = memory_.lists[ring.stage];
-      list.first = handed_;
-      list.count = count;
-      list.kind = kind;
-    }
+    list.first = handed_;
+    if (threadIdx.x % 32 == 0) memory_.lists[ring.stage] = list;
     warp_arrive(ring.full());
     ring.next();
-    handed_ += count;
+    handed_ += list.count;
     barrier_wait_asleep(ring.empty(ring.stage), ring.parity ^ 1);
   }
 
@@ -368,15 +363,14 @@ class Filler {
   }
 
  private:
-  /// A list, and what comes with two rows of its step: the lane-th and the 32nd after it. Where
-  /// there is no query the log sum is infinite: the row's P is 0.
+  /// A list, and what comes with two rows of its step: the lane-th and the 32nd after it.
   struct Listed {
     List list;
     int place;          // in the ring
     int boxes = 0;      // which are in shared memory
     int copied = 0;     // queries in all of these
-    float2 numbers[2];  // on their way
-    float bias[2];
+    float2 numbers[2];  // on their way; those of the last query where there is none
+    float bias[2] = {};
   };
 
   __device__ Listed read() {
@@ -388,10 +382,7 @@ class Filler {
     if (listed.list.kind == Step::end || listed.list.kind == Step::stop) return listed;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = lane_ + 32 * i, nth = w_.pack.query(row);
-      listed.numbers[i] = {INFINITY, 0};
-      listed.bias[i] = 0;
-      if (nth >= listed.list.count) continue;
+      const int row = lane_ + 32 * i, nth = min(w_.pack.query(row), listed.list.count - 1);
       // Rows of a batch are fewer than 2^32.
       const uint64_t query = listed.list.row0 + memory_.query(listed.list.first + nth);
       listed.numbers[i] = w_.numbers[query * static_cast<uint32_t>(w_.p.g) + w_.pack.head(row)];
@@ -428,7 +419,7 @@ class Filler {
     const uint32_t all = __ballot_sync(~0u, begins || begins_rest);
     if (begins || begins_rest) {
       const int nth = listed.boxes + __popc(all & ((1u << lane_) - 1));
-      boxes(listed)[nth] = {query - back, (place - back) * 8 + log};
+      boxes(listed)[nth] = {query - back, static_cast<uint32_t>((place - back) * bytes_ + log)};
     }
     listed.boxes += __popc(all);
     listed.copied += __reduce_add_sync(~0u, begins || begins_rest ? 1 << log : 0);
@@ -448,11 +439,12 @@ class Filler {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane_ + 32 * i, nth = w_.pack.query(row);
-        step.log_sums[row] = listed.numbers[i].x - listed.bias[i] * log2_e;
-        step.deltas[row] = listed.numbers[i].y;
+        const bool has = nth < list.count;
+        step.log_sums[row] =  // where there is no query, P is 0
+            has ? listed.numbers[i].x - listed.bias[i] * log2_e : INFINITY;
+        step.deltas[row] = has ? listed.numbers[i].y : 0;
         if (list.kind == Step::part) {
-          step.seen[row] =
-              nth < list.count ? seen_by(w_.p, memory_.query(list.first + nth)) : KeyRange{0, 0};
+          step.seen[row] = has ? seen_by(w_.p, memory_.query(list.first + nth)) : KeyRange{0, 0};
         }
       }
       __syncwarp();
@@ -471,7 +463,7 @@ class Filler {
   __device__ void copy_rows(const Listed& listed) const {
     const Block q = memory_.q(ring_.stage), dout = memory_.dout(douts_.stage);
     const uint32_t full = ring_.full();
-    const int head0 = listed.list.head0, b = listed.list.b, bytes = static_cast<int>(w_.p.g) * 128;
+    const int head0 = listed.list.head0, b = listed.list.b;
     const Box* next = boxes(listed);
     if (!elected()) return;
     Box box = *next;
@@ -479,7 +471,7 @@ class Filler {
       const Box then = *++next;
 #pragma unroll
       for (int panel = 0; panel < D / 64; ++panel) {
-        const int at = panel * panel_bytes + box.place() * bytes;
+        const uint32_t at = panel * panel_bytes + box.row();
         copy_panel(q.address + at, maps_.q[box.log()], full, panel * 64, head0, box.query, b);
         copy_panel(dout.address + at, maps_.dout[box.log()], full, panel * 64, head0, box.query, b);
       }
@@ -497,6 +489,7 @@ class Filler {
   decltype(Memory<D>::ring) ring_;
   decltype(Memory<D>::douts) douts_;
   const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  const int bytes_ = static_cast<int>(w_.p.g) * 128;  // of a query's rows in a panel
 };
 
 /// The work of the warpgroup that copies.
