@@ -157,7 +157,7 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
         finish();  // the copies that are waited for may wait for that stage
         ring.wait_full();
       }
-      const int stage = uniform(ring.stage), dout_stage = uniform(douts.stage);
+      const int stage = ring.stage, dout_stage = douts.stage;
       const Step& step = memory.steps[stage];
       if (step.kind == Step::end) break;
       const uint32_t log_sums = shared_address(step.log_sums + lane_column);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(threads, 1)
   }
   show_to_engines();
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / warpgroup;
+  const int group = uniform(static_cast<int>(threadIdx.x) / warpgroup);
   if (group == 0) {
     fewer_registers<D == 64 ? 72 : 24>();
     copy_items(w, maps, memory);
