@@ -28,15 +28,14 @@
 // Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
 // operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes and two numbers a
 // row: 4.4 GB from the second-level cache, 0.78 ms at 24 bytes a clock and multiprocessor, which
-// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.38 ms,
-// 2300 clocks a step, when all four warps that copy went through each step together, log sums and
-// deltas came as single words and there were four stages: a third of the others' time went into
-// waiting, the rest was 1500 clocks a step. Expected now: 1.0 ms; at B 4, Hq 16, Hkv 4, D 64,
-// which took 2.19 ms, 1.3.
+// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.14 ms, a
+// quarter more when all four warps that copy went through each step together, and 2.1 ms at B 4,
+// Hq 16, Hkv 4, D 64. There the fillers set the pace: of the 3700 clocks that one took for a step,
+// more than half went into its copies, each in a loop over threads (elected() in hopper.cuh), and
+// products would have taken 950 a step. Expected now: 1.0 ms and 1.3 ms.
 //
-// At D 128 registers are short: what a computing thread needs at an item's end, or in steps that
-// see a part of the tile, is spilled. (8 registers more for those who copy, and the products'
-// registers no longer suffice for them to run beside the program.)
+// At D 128 registers are short: with 8 more for those who copy, the products' ones no longer
+// suffice for them to run beside the program.
 #include "kernels/cuda/attention_sparse_steps.cuh"
 
 namespace entrain::cuda {
