@@ -7,7 +7,8 @@
 // each run of neighbours and 64 columns. Two more warpgroups take turns at the steps, each with its
 // own sums of dk and dv in registers, and at the item's end exchange these, in the shared memory of
 // K and V: the first one then has all of dv, the second one all of dk. The first steps of the next
-// item wait in the ring by then, and its K and V come while these sums are passed on or written.
+// item wait in the ring by then, and its K and V come while these sums are passed on or written, or
+// before where D is 64 and there is room for two items' ones.
 //
 // Segments serve two ends. A tile that all queries attend is no single long chain of steps. And q
 // and dO of a kv head, 4 g D bytes a query, are more than the second-level cache holds (g 16, D
@@ -130,9 +131,9 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
   }
   for (;; own.next()) {
     own.wait_full();
-    const int n = memory.items[0];
+    const int n = memory.items[own.stage];
     if (n < 0) return;
-    const OwnBlock<D, false> k(memory.k()), v(memory.v());
+    const OwnBlock<D, false> k(memory.k(own.stage)), v(memory.v(own.stage));
 
     float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     pin(dk_sum);
@@ -186,14 +187,14 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
     warp_arrive(ring.empty(ring.stage));
     next_turn();
 
-    float4 *first = memory.room(0), *second = memory.room(1);
+    float4 *first = memory.room(2 * own.stage), *second = memory.room(2 * own.stage + 1);
     if (mine == 0) {
       exchange(dk_sum, dv_sum, first, second);
     } else {
       exchange(dv_sum, dk_sum, second, first);
     }
     show_to_engines();  // the next keys and values come after what was exchanged there
-    warp_arrive(own.empty(0));
+    warp_arrive(own.empty(own.stage));
     if (mine == 0) {
       pass_on(w, n, 0, dv_sum);
     } else {
@@ -214,9 +215,10 @@ __global__ void __launch_bounds__(threads, 1)
     barrier_init_done();
   }
   // What a step has beside its queries' rows stays zeros.
+  constexpr int own_blocks = 2 * Memory<D>::own_stages;
   for (int i = static_cast<int>(threadIdx.x);
-       i < Memory<D>::barriers_at / 16 - 2 * Memory<D>::block_bytes / 16; i += threads) {
-    memory.room(2)[i] = {0, 0, 0, 0};
+       i < (Memory<D>::barriers_at - own_blocks * Memory<D>::block_bytes) / 16; i += threads) {
+    memory.room(own_blocks)[i] = {0, 0, 0, 0};
   }
   show_to_engines();
   __syncthreads();

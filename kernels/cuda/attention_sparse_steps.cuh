@@ -7,7 +7,7 @@
 // lists: one looks up where its step's rows are, and reads their numbers, while the stage is still
 // in use (where D is 64 and registers suffice: before it fills the stage of its list before), and
 // starts the copies as soon as it is free. The fourth warp copies K and V when those of the item
-// before have been done with.
+// before have been done with, or, where D is 64, of the one before that.
 #include "kernels/cuda/attending_queries.cuh"
 #include "kernels/cuda/attention_sparse.cuh"
 
@@ -96,6 +96,7 @@ struct Memory {
   // the same of the warpgroups that compute. Between two that are ahead of each other, a barrier's
   // parity would not tell a phase from the one before the last.
   static constexpr int stages = D == 64 ? 10 : 6, dout_stages = D == 64 ? 10 : 4;
+  static constexpr int own_stages = D == 64 ? 2 : 1;  // of K and V
   static constexpr int lists_ahead = 8, items_ahead = 2;
   static_assert(stages % 2 == 0 && dout_stages % 2 == 0 && lists_ahead % 2 == 0);
   // Room for those of all lists, of one to come and for what is found at a time.
@@ -103,27 +104,27 @@ struct Memory {
   static_assert(queries_kept >= (lists_ahead + 1) * block_rows + found_together);
   static constexpr int block_bytes = D / 64 * panel_bytes;
   // Blocks come first, each at a multiple of 1024.
-  static constexpr int barriers_at = (2 + stages + dout_stages) * block_bytes;
+  static constexpr int barriers_at = (2 * own_stages + stages + dout_stages) * block_bytes;
   static constexpr int steps_at =
-      barriers_at + 8 * 2 * (stages + dout_stages + 1 + lists_ahead + items_ahead);
+      barriers_at + 8 * 2 * (stages + dout_stages + own_stages + lists_ahead + items_ahead);
   static constexpr int lists_at = steps_at + stages * static_cast<int>(sizeof(Step));
   static constexpr int boxes_at = lists_at + lists_ahead * static_cast<int>(sizeof(List));
   static constexpr int list_boxes = block_rows + 1;  // one is read in vain
   static constexpr int queries_at =
       boxes_at + lists_ahead * list_boxes * static_cast<int>(sizeof(Box));
   static constexpr int items_at = queries_at + 4 * queries_kept;
-  static constexpr int bytes = 1024 + items_at + 4 * (1 + items_ahead);
+  static constexpr int bytes = 1024 + items_at + 4 * (own_stages + items_ahead);
   static_assert(steps_at % 16 == 0 && bytes <= 227 * 1024);
 
   char* blocks;
   Step* steps;
   List* lists;
   Box* boxes;         // list_boxes for each list
-  int* items;         // the numbers of the one whose K and V are here, and of those whose will be
+  int* items;         // the numbers of those whose K and V are here, and of those whose will be
   int* queries;       // the last queries_kept that were found
   Ring<stages> ring;  // of steps
   Ring<dout_stages> douts;      // of their blocks of dO, which are full when the step is
-  Ring<1> own;                  // of K and V
+  Ring<own_stages> own;         // of K and V
   Ring<lists_ahead> list_ring;  // of lists
   Ring<items_ahead> item_ring;  // of the numbers of items that wait for their K and V
 
@@ -138,7 +139,7 @@ struct Memory {
     ring.barriers = shared_address(blocks) + barriers_at;
     douts.barriers = ring.barriers + 8 * 2 * stages;
     own.barriers = douts.barriers + 8 * 2 * dout_stages;
-    list_ring.barriers = own.barriers + 8 * 2;
+    list_ring.barriers = own.barriers + 8 * 2 * own_stages;
     item_ring.barriers = list_ring.barriers + 8 * 2 * lists_ahead;
   }
   /// By one thread, before barrier_init_done(). Warps arrive, but for K's and V's, which the copy
@@ -151,12 +152,12 @@ struct Memory {
     item_ring.init(item_ring.barriers, 1);
   }
   __device__ Block block(int i) const { return {shared_address(blocks) + i * block_bytes}; }
-  __device__ Block k() const { return block(0); }
-  __device__ Block v() const { return block(1); }
-  __device__ Block q(int stage) const { return block(2 + stage); }
-  __device__ Block dout(int stage) const { return block(2 + stages + stage); }
+  __device__ Block k(int stage) const { return block(2 * stage); }
+  __device__ Block v(int stage) const { return block(2 * stage + 1); }
+  __device__ Block q(int stage) const { return block(2 * own_stages + stage); }
+  __device__ Block dout(int stage) const { return block(2 * own_stages + stages + stage); }
   __device__ int& query(uint32_t nth) const { return queries[nth % queries_kept]; }
-  /// A block, for sums: 0 is K's, 1 is V's.
+  /// A block, for sums: of a stage's K at 2 stage, of its V at the next.
   __device__ float4* room(int block) const {
     return reinterpret_cast<float4*>(blocks + block * block_bytes);
   }
@@ -229,7 +230,7 @@ class Finder {
   __device__ void announce(int n) {
     auto& ring = memory_.item_ring;
     barrier_wait_asleep(ring.empty(ring.stage), ring.parity ^ 1);
-    if (threadIdx.x % 32 == 0) memory_.items[1 + ring.stage] = n;
+    if (threadIdx.x % 32 == 0) memory_.items[Memory<D>::own_stages + ring.stage] = n;
     warp_arrive(ring.full());
     ring.next();
   }
@@ -315,10 +316,10 @@ __device__ __forceinline__ void copy_keys(const Work& w, const Maps& maps, Memor
   auto& ring = memory.item_ring;
   for (;; own.next(), ring.next()) {
     barrier_wait_asleep(ring.full(), ring.parity);
-    const int n = memory.items[1 + ring.stage];
+    const int n = memory.items[Memory<D>::own_stages + ring.stage];
     barrier_arrive(ring.empty(ring.stage));
-    barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
-    memory.items[0] = n;
+    barrier_wait_asleep(own.empty(own.stage), own.parity ^ 1);  // for most of an item
+    memory.items[own.stage] = n;
     if (n < 0) {
       barrier_arrive(own.full());
       return;
@@ -326,8 +327,8 @@ __device__ __forceinline__ void copy_keys(const Work& w, const Maps& maps, Memor
     const Item item(w.items, n);
     const int key = item.tile * key_tile;
     barrier_arrive_expecting(own.full(), 2 * Memory<D>::block_bytes);
-    copy_block<D>(memory.k(), maps.k, own.full(), key, item.r, item.b);
-    copy_block<D>(memory.v(), maps.v, own.full(), key, item.r, item.b);
+    copy_block<D>(memory.k(own.stage), maps.k, own.full(), key, item.r, item.b);
+    copy_block<D>(memory.v(own.stage), maps.v, own.full(), key, item.r, item.b);
   }
 }
 
