@@ -13,6 +13,7 @@
 #include "cli/commands.h"
 #include "core/edit_distance.h"
 #include "core/version.h"
+#include "dist/mpi.h"
 #include "train/config.h"
 #include "train/together.h"
 
@@ -116,5 +117,7 @@ int main(int argc, char** argv) {
   // Warnings are lines beside the errors, not part of what a command prints.
   spdlog::set_default_logger(spdlog::stderr_logger_mt("entrain"));
   spdlog::set_pattern("entrain: %l: %v");
-  return entrain::cli::checked(entrain::cli::run(argc, argv));
+  const int code = entrain::cli::checked(entrain::cli::run(argc, argv));
+  entrain::leave_mpi();
+  return code;
 }

@@ -3,7 +3,6 @@
 #include <mpi.h>
 
 #include <algorithm>
-#include <csignal>
 #include <cstdlib>
 #include <exception>
 #include <utility>
@@ -15,6 +14,8 @@ namespace {
 // MPI counts are int. Parts far below that limit also let one part travel while the next is summed.
 constexpr int64_t part_elements = int64_t{1} << 22;
 constexpr size_t part_bytes = size_t{1} << 26;
+
+bool all_failed = false;
 
 class MpiComm final : public Comm {
  public:
@@ -35,7 +36,11 @@ class MpiComm final : public Comm {
   }
 
   ~MpiComm() override {
-    if (std::uncaught_exceptions() == 0 || all_fail_) MPI_Finalize();
+    if (std::uncaught_exceptions() == 0) {
+      MPI_Finalize();
+    } else {
+      all_failed = all_fail_;
+    }
   }
 
   int rank() const override { return rank_; }
@@ -88,25 +93,10 @@ class MpiComm final : public Comm {
     }
   }
 
-  // The first rank to leave makes mpirun send SIGTERM to the others, of which one has yet to say
-  // why.
-  void fail_together() override {
-    all_fail_ = true;
-    mask_sigterm(SIG_BLOCK);
-  }
-  bool recover() override {
-    mask_sigterm(SIG_UNBLOCK);
-    return std::exchange(all_fail_, false);
-  }
+  void fail_together() override { all_fail_ = true; }
+  bool recover() override { return std::exchange(all_fail_, false); }
 
  private:
-  static void mask_sigterm(int how) {
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGTERM);
-    pthread_sigmask(how, &signals, nullptr);
-  }
-
   int rank_ = 0;
   int size_ = 1;
   int local_rank_ = 0;
@@ -118,6 +108,10 @@ class MpiComm final : public Comm {
 
 std::unique_ptr<Comm> start_mpi() {
   return std::make_unique<MpiComm>();
+}
+
+void leave_mpi() {
+  if (std::exchange(all_failed, false)) MPI_Finalize();
 }
 
 }  // namespace entrain
