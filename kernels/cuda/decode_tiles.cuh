@@ -19,7 +19,7 @@ class AttendedTiles {
     any_ = reinterpret_cast<uint64_t*>(shared);
     const int begin = seen_by(p, queries.first).begin / key_tile;
     const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
-    for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
+    for (int w = static_cast<int>(threadIdx.x); w < words_; w += static_cast<int>(blockDim.x)) {
       const bool choose = masked_ && w < static_cast<int>(p.words);
       uint64_t any = masked_ ? 0 : ~uint64_t{0};
       for (int i = 0; choose && i < queries.count; ++i) {

@@ -37,9 +37,10 @@ constexpr int64_t most_queries = 8;
 
 /// What a block knows of its rows.
 struct alignas(16) Small {
-  uint64_t scores_sent, thresholds_sent, sums_sent;  // barriers: what all blocks send this one
-  double alpha;
-  float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
+  // Barriers: what all blocks send this one.
+  uint64_t alpha_gamma_sent, scores_sent, thresholds_sent, sums_sent;
+  double alpha_gamma[2];         // from the first block,
+  double asked[2];               // which has the host's
   float2 thresholds[most_rows];  // top and what tau is above it, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
@@ -71,6 +72,23 @@ struct RouteDecode {
            8 * queries * cluster * pieces;
   }
 };
+
+/// Makes scores of a row's first n products, -infinity before the first candidate and from the n-th
+/// on. Returns the largest.
+template <int width>
+__device__ float scale_row(float* row, int begin, int n, float factor) {
+  float top = -INFINITY;
+  for_fours<width>(row, n, [&](const float4& at, int c) {
+    const auto score = [&](float product, int column) {
+      const float z = column >= begin && column < n ? factor * product : -INFINITY;
+      top = fmaxf(top, z);  // passes over NaN
+      return z;
+    };
+    *reinterpret_cast<float4*>(row + c) =
+        make_float4(score(at.x, c), score(at.y, c + 1), score(at.z, c + 2), score(at.w, c + 3));
+  });
+  return Lanes(width).max(top);
+}
 
 /// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
 /// others of its own together. Returns how far the lane's row then goes.
@@ -112,45 +130,58 @@ class DecodeTile {
     count_ = min(p.queries, static_cast<int>(p.N) - first_);
   }
 
-  __device__ double alpha() const { return small_.alpha; }
-
-  /// Scores of the block's chunks; those of a row go to the block whose threshold it is to find
-  /// too.
-  __device__ void score() {
-    double alpha = 0, gamma = 0;
+  /// Products of the queries and the block's chunks; those of a row go to the block whose threshold
+  /// it is to find too.
+  __device__ void multiply() {
+    const bool asks = rank_ == 0 && threadIdx.x == 0;
+    if (asks) {
+      for (int i = 0; i < 2; ++i) {
+        copy_async<8>(shared_address(small_.asked + i), p_.alpha_gamma + i, true);
+      }
+    }
     if (threadIdx.x == 0) {
-      alpha = p_.alpha_gamma[0];
-      gamma = p_.alpha_gamma[1];
+      expect(alpha_gamma_sent(), sizeof small_.alpha_gamma);
       expect(scores_sent(), p_.own_rows() * p_.width() * static_cast<int>(sizeof(float)));
       expect(thresholds_sent(), p_.rows * static_cast<int>(sizeof(float2)));
       expect(sums_sent(), count_ * cluster * p_.pieces * static_cast<int>(sizeof(float2)));
       barrier_init_done();
     }
     cluster_arrive();
-    // Before all else, with alpha and gamma: what takes longest.
+    // Before all else, after alpha and gamma: what takes longest.
     if (!p_.early) wait_for_previous();
     Summaries next[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; ++i) load_summaries(next[i], warp() + i * warps);
     if (!p_.beside) wait_for_previous();
     load_queries();
-    if (threadIdx.x == 0) {
-      const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
-      small_.alpha = alpha;
-      small_.factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
-    }
-    wait_copies();
+    if (warp() > 0) wait_copies();  // the first warp's is of alpha and gamma
     __syncthreads();
     cluster_meet();
     for (int eight = warp(); eight < eights(); eight += ahead * warps) {
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        if (eight + i * warps < eights()) score(next[i], eight + i * warps);
+        if (eight + i * warps < eights()) multiply(next[i], eight + i * warps);
       }
     }
     __syncthreads();
     wait_for_previous();  // what follows writes where earlier kernels may still read
     let_next_begin();
+    if (!asks) return;
+    wait_copies();
+    const auto alpha_gamma = *reinterpret_cast<const float4*>(small_.asked);
+    for (int to = 0; to < cluster; ++to) {
+      send(reinterpret_cast<float4*>(small_.alpha_gamma), alpha_gamma, alpha_gamma_sent(), to);
+    }
+  }
+
+  /// alpha, once it is here. From now on products can be made scores as entmax_float.cuh takes
+  /// them.
+  __device__ double alpha() {
+    barrier_wait(alpha_gamma_sent(), 0);
+    const auto [alpha, gamma] = small_.alpha_gamma;
+    const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
+    factor_ = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
+    return alpha;
   }
 
   /// Of the rows that are this block's, every eighth; they go to all blocks.
@@ -161,7 +192,7 @@ class DecodeTile {
     float* scores = whole_ + warp() * p_.width();
     const int row = warp() * cluster + rank_, end = small_.end[row];
     const int n = end > p_.begin ? end : 0;
-    const float top = row_top<32>(scores, n);
+    const float top = scale_row<32>(scores, p_.begin, n, factor_);
     const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
     const int kept = keep_above<32>(scores, n, top, least);
     const float t = entmax.template threshold<32>(scores, kept, -1);
@@ -173,7 +204,7 @@ class DecodeTile {
     tau[(b_ * p_.Hq + r_ * p_.g + row % p_.g) * p_.N + first_ + i] = n > 0 ? top + t : 0;
   }
 
-  /// log(w + eps) of the support takes the place of the first head's scores, NaN elsewhere.
+  /// log(w + eps) of the support takes the place of the first head's products, NaN elsewhere.
   template <class Entmax>
   __device__ void weigh(const Entmax& entmax, float* weights) {
     const auto eps = static_cast<float>(p_.routing.prior_eps);
@@ -186,10 +217,11 @@ class DecodeTile {
 #pragma unroll 4
         for (int h = row; h < row + p_.g; ++h) {
           const auto [top, tau] = small_.thresholds[h];
-          w += entmax.probability(z(h)[at] - top, tau);
+          // Rounded as in scale_row().
+          w += entmax.probability(__fmul_rn(factor_, z(h)[at]) - top, tau);
         }
       }
-      w /= static_cast<float>(p_.g);
+      w = __fdividef(w, static_cast<float>(p_.g));  // fast for 0 too, what w mostly is
       const bool routed = w > least_weight;
       const float l = routed ? __logf(w + eps) : 0;
       if (x < p_.scored) z(row)[at] = routed ? l : NAN;
@@ -245,6 +277,9 @@ class DecodeTile {
   __device__ static int lane() {
     return static_cast<int>(threadIdx.x) % 32;
   }
+  __device__ uint32_t alpha_gamma_sent() const {
+    return shared_address(&small_.alpha_gamma_sent);
+  }
   __device__ uint32_t scores_sent() const {
     return shared_address(&small_.scores_sent);
   }
@@ -278,9 +313,11 @@ class DecodeTile {
     return (b_ * p_.Hkv + r_) * p_.N + first_ + i;
   }
 
-  /// Starts copying, zeros to rows that only fill the tile.
+  /// All warps but the first start copying, zeros to rows that only fill the tile.
   __device__ void load_queries() {
-    for (int x = static_cast<int>(threadIdx.x); x < p_.rows * (D / 8); x += threads) {
+    int x = static_cast<int>(threadIdx.x) - 32;
+    if (x < 0) x = p_.rows * (D / 8);
+    for (; x < p_.rows * (D / 8); x += threads - 32) {
       const int row = x / (D / 8), c = x % (D / 8), i = row / p_.g;
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
                      i < count_);
@@ -292,8 +329,8 @@ class DecodeTile {
       small_.end[row] = i < count_ && n > 0 ? p_.begin + n : 0;
     }
   }
-  /// Scores of eight chunks, whose summaries make room for later ones.
-  __device__ void score(Summaries& next, int eight) {
+  /// Products with eight chunks, whose summaries make room for later ones.
+  __device__ void multiply(Summaries& next, int eight) {
     float sums[row_tiles][chains][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -304,7 +341,7 @@ class DecodeTile {
                        static_cast<float>(next[step][i].at[1]), parts[2][i], parts[1][i],
                        parts[0][i]);
       }
-      load_summaries(next, eight + ahead * warps, step);
+      if (eight + ahead * warps < eights()) load_summaries(next, eight + ahead * warps, step);
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {
         if (16 * m >= p_.rows) break;
@@ -320,36 +357,27 @@ class DecodeTile {
 #pragma unroll
     for (int i = 0; i < 2 * row_tiles; ++i) {
       if (8 * i >= p_.rows) break;
-      const int row = 8 * i + lane() / 4, end = small_.end[row];
-      float pair[2] = {};
+      float2 pair = {};
 #pragma unroll
       for (const float(&sum)[4] : sums[i / 2]) {
-        pair[0] += sum[i % 2 * 2];
-        pair[1] += sum[i % 2 * 2 + 1];
+        pair.x += sum[i % 2 * 2];
+        pair.y += sum[i % 2 * 2 + 1];
       }
-      const float2 scores =
-          make_float2(c >= p_.begin && c < end ? small_.factor * pair[0] : -INFINITY,
-                      c + 1 >= p_.begin && c + 1 < end ? small_.factor * pair[1] : -INFINITY);
-      *reinterpret_cast<float2*>(z(row) + at) = scores;
-      send(reinterpret_cast<float2*>(whole_ + i * p_.width() + c), scores, scores_sent(),
-           lane() / 4);
+      *reinterpret_cast<float2*>(z(8 * i + lane() / 4) + at) = pair;
+      send(reinterpret_cast<float2*>(whole_ + i * p_.width() + c), pair, scores_sent(), lane() / 4);
     }
   }
 
-  /// The step's dimensions of the eight chunks; zeros after the last candidate.
+  /// The step's dimensions of the eight chunks; after the last candidate those of that one, as
+  /// what comes of them does not matter.
   __device__ void load_summaries(Summaries& to, int eight, int step) const {
-    const int c = chunk_at(8 * eight + lane() / 4);
-    const bool is = eight < eights() && c < p_.end;
+    const int c = min(chunk_at(8 * eight + lane() / 4), p_.end - 1);
+    const K* from = p_.kbar.at(b_, r_, c) + 16 * step + lane() % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      to[step][i] = {};
-      if (is) {
-        to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(p_.kbar.at(b_, r_, c) + 16 * step +
-                                                           8 * i + lane() % 4 * 2);
-      }
-    }
+    for (int i = 0; i < 2; ++i) to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(from + 8 * i);
   }
   __device__ void load_summaries(Summaries& to, int eight) const {
+    if (eight >= eights()) return;
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) load_summaries(to, eight, step);
   }
@@ -384,6 +412,7 @@ class DecodeTile {
   float2* const sums_;
   int b_, r_, first_;  // batch, kv head, first query
   int count_;          // queries
+  float factor_;       // of products: scores
 };
 
 template <int D, class K, int row_tiles>
@@ -391,7 +420,7 @@ __global__ void __launch_bounds__(threads, 2)
     route_kernel(const __grid_constant__ RouteDecode<K> p, const RouteOutput out) {
 #ifdef ENTRAIN_HOPPER
   DecodeTile<D, K, row_tiles> tile(p, dynamic_shared());
-  tile.score();
+  tile.multiply();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
     tile.weigh(entmax, out.weights);
