@@ -2,26 +2,28 @@
 // gives a block of threads all chunks of a tile of queries, eight blocks, a cluster, share them.
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
-//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
-//   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
-//   w, its logarithms, their sums --to all blocks--> mask, bias
+//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> q . kbar [rows, own chunks],
+//   shared a row's --to one block--> all of the row -> scores, entries near the top -> tau --to all
+//   blocks--> w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
 // time, and those of later ones are on their way to registers while it is at these: 64 KB to a
-// block. Where there are more than 16 rows of 128 dimensions that takes all registers, and a few
-// words needed later are spilled. Blocks send each other what they need, to barriers that count
-// bytes: they never meet again once all have begun, and each may leave when it has got everything.
+// block. Blocks send each other what they need, to barriers that count bytes: they never meet again
+// once all have begun, and each may leave when it has got everything.
 //
 // It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
-// the host, before that kernel's results are there.
+// the host, before that kernel's results are there. The host is far, and answers one question after
+// the other: one block of a cluster asks, and nobody waits for the answer until the products are
+// there, which it makes scores of. (When all blocks asked, and waited before the products, it was
+// 3 to 8 of 15 us at batch 1, and the time grew by 1.5 us with each sequence of the batch: 26
+// at 8.)
 //
 // The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
 // 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
-// and scores, 1.5 us; thresholds, 2 of 16 rows a block, two passes over 1536 entries and about
+// and products, 1.5 us; thresholds, 2 of 16 rows a block, three passes over 1536 entries and about
 // eight over those near the top, 2 us; weights and outputs, 1 us; three times a third of a
-// microsecond to send. With f64 summaries, Newton's steps over whole rows and five meetings, each
-// with a fence of half a microsecond, it took 27.5 us. Batch 1: 16 blocks, 1 us in place of 5.
+// microsecond to send. 16 us in all are expected at batch 8, 10 at batch 1, where reading takes 1.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
 #include "kernels/cuda/launch_after.cuh"
@@ -166,12 +168,14 @@ class DecodeTile {
     __syncthreads();
     wait_for_previous();  // what follows writes where earlier kernels may still read
     let_next_begin();
-    if (!asks) return;
-    wait_copies();
-    const auto alpha_gamma = *reinterpret_cast<const float4*>(small_.asked);
-    for (int to = 0; to < cluster; ++to) {
-      send(reinterpret_cast<float4*>(small_.alpha_gamma), alpha_gamma, alpha_gamma_sent(), to);
+    if (asks) {
+      wait_copies();
+      const auto alpha_gamma = *reinterpret_cast<const float4*>(small_.asked);
+      for (int to = 0; to < cluster; ++to) {
+        send(reinterpret_cast<float4*>(small_.alpha_gamma), alpha_gamma, alpha_gamma_sent(), to);
+      }
     }
+    __syncwarp();  // else the warp's others ask for what it is to send
   }
 
   /// alpha, once it is here. From now on products can be made scores as entmax_float.cuh takes
@@ -317,6 +321,7 @@ class DecodeTile {
   __device__ void load_queries() {
     int x = static_cast<int>(threadIdx.x) - 32;
     if (x < 0) x = p_.rows * (D / 8);
+#pragma unroll 1
     for (; x < p_.rows * (D / 8); x += threads - 32) {
       const int row = x / (D / 8), c = x % (D / 8), i = row / p_.g;
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
@@ -332,6 +337,9 @@ class DecodeTile {
   /// Products with eight chunks, whose summaries make room for later ones.
   __device__ void multiply(Summaries& next, int eight) {
     float sums[row_tiles][chains][4] = {};
+    const int later = eight + ahead * warps;
+    const bool more = later < eights();
+    const K* from = summaries(later);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       uint32_t parts[3][2];
@@ -341,7 +349,7 @@ class DecodeTile {
                        static_cast<float>(next[step][i].at[1]), parts[2][i], parts[1][i],
                        parts[0][i]);
       }
-      if (eight + ahead * warps < eights()) load_summaries(next, eight + ahead * warps, step);
+      if (more) load_step(next, from, step);
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {
         if (16 * m >= p_.rows) break;
@@ -368,18 +376,23 @@ class DecodeTile {
     }
   }
 
-  /// The step's dimensions of the eight chunks; after the last candidate those of that one, as
-  /// what comes of them does not matter.
-  __device__ void load_summaries(Summaries& to, int eight, int step) const {
+  /// Where the lane's part of eight chunks begins. After the last candidate it is that one's, as
+  /// what comes of it does not matter.
+  __device__ const K* summaries(int eight) const {
     const int c = min(chunk_at(8 * eight + lane() / 4), p_.end - 1);
-    const K* from = p_.kbar.at(b_, r_, c) + 16 * step + lane() % 4 * 2;
+    return p_.kbar.at(b_, r_, c) + lane() % 4 * 2;
+  }
+  __device__ static void load_step(Summaries& to, const K* from, int step) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(from + 8 * i);
+    for (int i = 0; i < 2; ++i) {
+      to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(from + 16 * step + 8 * i);
+    }
   }
   __device__ void load_summaries(Summaries& to, int eight) const {
     if (eight >= eights()) return;
+    const K* from = summaries(eight);
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) load_summaries(to, eight, step);
+    for (int step = 0; step < D / 16; ++step) load_step(to, from, step);
   }
 
   /// Calls f(query, piece of this block, the lane's chunk) for all, a warp each.
