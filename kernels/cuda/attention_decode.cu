@@ -266,7 +266,8 @@ __global__ void __launch_bounds__(decode_threads, 1)
             s[m][j / 2][2 * i + j % 2] = -INFINITY;
           }
         }
-        const float bias = p.bias && on ? small.biases[warp][place][query] * log2_e : 0;
+        const float given = small.biases[warp][place][query] * log2_e;  // anything, if none are
+        const float bias = p.bias && on ? given : 0;
         weigh(s[m], sums[m], weight[m][i], i, scale, bias);
       }
     }

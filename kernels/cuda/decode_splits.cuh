@@ -64,7 +64,9 @@ struct ClusterMerge {
   float4 sums[rows * D / 4];  // [splits, own rows, D]
   RowWeight weights[rows];    // [splits, own rows]
 
-  __device__ static int own_rows(int splits) { return rows / splits; }
+  /// Both are powers of two.
+  __device__ static int own_log(int splits) { return __ffs(rows) - __ffs(splits); }
+  __device__ static int own_rows(int splits) { return 1 << own_log(splits); }
   /// That are sent to a split.
   __device__ static int bytes(const QueryTile& queries, int split, int splits) {
     int of_queries = 0;
@@ -75,8 +77,8 @@ struct ClusterMerge {
   }
   __device__ void send(int split, int splits, int row, int d, const float4& sum,
                        const RowWeight& weight, uint32_t barrier) {
-    const int own = own_rows(splits), at = split * own + row % own;
-    const auto to = static_cast<uint32_t>(row / own);
+    const int own = own_rows(splits), at = split * own + (row & (own - 1));
+    const auto to = static_cast<uint32_t>(row >> own_log(splits));
     cuda::send(sums + (at * D + d) / 4, sum, barrier, to);
     if (d > 0) return;
     cuda::send(reinterpret_cast<float2*>(weights + at), make_float2(weight.top, weight.sum),
