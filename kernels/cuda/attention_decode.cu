@@ -34,8 +34,8 @@ namespace entrain::cuda {
 namespace {
 
 constexpr int64_t most_queries = 8;  // of a sequence: with more, tiles of queries are the way
-constexpr int warps = decode_threads / 32, tile_warps = warps / 2,
-              warp_keys = key_tile / tile_warps;
+constexpr int warps = decode_threads / 32;
+constexpr int tile_warps = warps / 2, warp_keys = key_tile / tile_warps;  // two tiles at a time
 
 constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split

@@ -2,8 +2,8 @@
 // gives a block of threads all chunks of a tile of queries, eight blocks, a cluster, share them.
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
-//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> q . kbar [rows, own chunks],
-//   shared a row's --to one block--> all of the row -> scores, entries near the top -> tau --to all
+//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> q . kbar [rows, chunks], shared
+//   a row's --to one block--> all of the row -> scores -> entries near the top -> tau --to all
 //   blocks--> w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
@@ -15,9 +15,8 @@
 // It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
 // the host, before that kernel's results are there. The host is far, and answers one question after
 // the other: one block of a cluster asks, and nobody waits for the answer until the products are
-// there, which it makes scores of. (When all blocks asked, and waited before the products, it was
-// 3 to 8 of 15 us at batch 1, and the time grew by 1.5 us with each sequence of the batch: 26
-// at 8.)
+// there, which it makes scores of. (When all blocks asked, and waited before the products, a layer
+// took 15 us at batch 1, and from 1.5 to 2 us more for each further sequence: 26 at 8, 43 at 16.)
 //
 // The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
 // 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
@@ -47,8 +46,8 @@ struct alignas(16) Small {
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
-/// Shared memory: q, Small, z [rows, z_step], whole [own_rows, width] scores of all blocks, sums
-/// [queries, cluster, pieces] of all blocks.
+/// Shared memory: q, Small, z [rows, z_step] products of the block's chunks, whole [own_rows, width]
+/// those of all blocks, sums [queries, cluster, pieces] of all blocks.
 template <class K>
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
@@ -398,8 +397,9 @@ class DecodeTile {
   /// Calls f(query, piece of this block, the lane's chunk) for all, a warp each.
   template <class F>
   __device__ void for_pieces(F f) const {
-    for (int y = warp(); y < count_ * p_.pieces; y += warps) {
-      const int i = y / p_.pieces, x = y % p_.pieces;
+    for (int i = 0, x = warp();; x += warps) {
+      for (; x >= p_.pieces; x -= p_.pieces) ++i;
+      if (i >= count_) return;
       f(i, x, chunk_at(x * piece + lane()));
     }
   }
@@ -414,7 +414,7 @@ class DecodeTile {
     }
     sum = warp_sum(sum);
     support = warp_sum(support);
-    return p_.routing.center && support > 0 ? sum / support : 0;
+    return p_.routing.center && support > 0 ? __fdividef(sum, support) : 0;
   }
 
   const RouteDecode<K>& p_;
