@@ -13,10 +13,11 @@
 // once all have begun, and each may leave when it has got everything.
 //
 // It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
-// the host, before that kernel's results are there. The host is far, and answers one question after
-// the other: one block of a cluster asks, and nobody waits for the answer until the products are
-// there, which it makes scores of. (When all blocks asked, and waited before the products, a layer
-// took 15 us at batch 1, and from 1.5 to 2 us more for each further sequence: 26 at 8, 43 at 16.)
+// the host, before that kernel's results are there. The host is far, and seems to answer one
+// question after the other: one block of a cluster asks, and nobody waits for it until the products
+// are there, which it makes scores of. (When all blocks asked, and waited before the products, a
+// layer took 15 us at batch 1, and from 1.5 to 2 us more for each further sequence: 26 at 8, 43
+// at 16.)
 //
 // The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
 // 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
@@ -46,8 +47,8 @@ struct alignas(16) Small {
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
-/// Shared memory: q, Small, z [rows, z_step] products of the block's chunks, whole [own_rows, width]
-/// those of all blocks, sums [queries, cluster, pieces] of all blocks.
+/// Shared memory: q, Small, z [rows, z_step] products of the block's chunks, whole [own_rows,
+/// width] those of all blocks, sums [queries, cluster, pieces] of all blocks.
 template <class K>
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
