@@ -2,14 +2,16 @@
 // beside each other, then merge ("Flash-Decoding", Dao et al. 2023,
 // crfm.stanford.edu/2023/10/12/flashdecoding.html).
 //
-//   attended tiles of k and v --cp.async, 96 or 192 KB of rings--> shared
+//   attended tiles of k and v --cp.async, 192 KB of rings--> shared
 //   a warp, 16 keys of each tile: S = q k^T -> P -> sums += P v, registers [rows, D]
-//   sums of 4 warps --shared--> of a split --other blocks' shared, or L2--> of all -> o, lse
+//   sums of 8 warps --shared--> of a split --other blocks' shared, or L2--> of all -> o, lse
 //
 // Grid: (queries x kv heads x batch, splits, parts of the group). A block's 16 or 32 rows are heads
 // of the group, of one or several queries. It counts the tiles that its queries attend, takes an
-// equal share of them, and each of its warps goes through the share by itself, with a ring of
-// copies of its own: no barriers between them until the end.
+// equal share of them, four warps the first half of it and four the second, and each warp goes
+// through its half by itself, with a ring of copies of its own: no barriers between them until the
+// end. (A warp takes about 1.1 us for its part of a tile, one product or exponential after the
+// other: with four warps a multiprocessor their chains, not the copies, were what took longest.)
 //
 // Where masks choose tiles, on Hopper, the splits of a group are a cluster of up to 16 blocks. All
 // keys are worth more splits than that, which merge through L2; of these, blocks whose share would
@@ -17,10 +19,10 @@
 //
 // The time is that of reading k and v once. Hq 32, Hkv 2, D 128, 98304 keys: all of them, batch 8,
 // are 805 MB, 0.29 ms at 2.8 TB/s; the 96 of 1536 tiles that density 0.0625 leaves, 50 MB, 18 us.
-// Expected beside that: 2 us until the first copies are asked for and come, and 1.5 us to merge. (A
-// last block that merged 16 splits from L2 made it 36 us in all.) Batch 1: 6.3 MB by 32 blocks, all
-// of it on its way at once, 2 us, and twice as much for the rest. Operations are 64 for each byte
-// and go unnoticed; what was read is counted while the first copies are on their way.
+// Expected beside that: 2 us until the first copies are asked for and come, and 1.5 us to merge;
+// 21 us in all, where four warps took 26. Batch 1: 6.3 MB by 32 blocks, all of it on its way at
+// once, 2 us, and three times as much for the rest; it took 11 us. Operations are 64 for each byte;
+// what was read is counted while the first copies are on their way.
 #include "kernels/cuda/attention_bf16.cuh"
 #include "kernels/cuda/attention_read.cuh"
 #include "kernels/cuda/decode_splits.cuh"
@@ -32,21 +34,24 @@ namespace entrain::cuda {
 namespace {
 
 constexpr int64_t most_queries = 8;  // of a sequence: with more, tiles of queries are the way
-constexpr int warps = attention_threads / 32, warp_keys = key_tile / warps;
+constexpr int warps = decode_threads / 32;
+constexpr int tile_warps = warps / 2, warp_keys = key_tile / tile_warps;  // two tiles at a time
 
 constexpr int most_of_cluster = 16;
 constexpr int least_tiles = 4;  // of a split
 
-/// Shared memory: q, Small, the warps' rings, AttendedTiles. A block has rings of 96 KB where a
-/// multiprocessor has two blocks, twice as much where it has one.
-template <int D, int slabs, bool alone>
+/// Shared memory: q, Small, the warps' rings or, after them, their sums, AttendedTiles. The rings
+/// have 192 KB, or 128 where a multiprocessor has less; only the larger ones have room for what the
+/// blocks of a cluster send.
+template <int D, int slabs, bool large>
 struct Decode {
   static constexpr int rows = 16 * slabs;
-  static constexpr int stages = (alone ? 768 : 384) / D;
+  static constexpr int stages = (large ? 384 : 256) / D;
   static constexpr size_t place_bytes = 2 * SharedTile<D>::bytes(warp_keys);  // of keys and values
   static constexpr size_t ring_bytes = stages * place_bytes;
   static constexpr int sum_step = D + 8;  // from row to row of sums: rows lie in different banks
   static constexpr size_t sum_bytes = sizeof(float) * warps * rows * sum_step;
+  static constexpr size_t work_bytes = std::max(warps * ring_bytes, sum_bytes);
 
   struct alignas(128) Small {
     uint64_t sent;  // a barrier: what the cluster's blocks send this one
@@ -54,15 +59,14 @@ struct Decode {
     float biases[warps][stages][most_queries];
   };
   static size_t shared_bytes(const AttentionProblem& p) {
-    return SharedTile<D>::bytes(rows) + sizeof(Small) + warps * ring_bytes +
-           AttendedTiles::bytes(p);
+    return SharedTile<D>::bytes(rows) + sizeof(Small) + work_bytes + AttendedTiles::bytes(p);
   }
 };
 
 /// Calls f(row, d) for the block's rows, four columns from d on in each thread.
 template <int rows, int D, class F>
 __device__ __forceinline__ void for_columns(const QueryTile& queries, F f) {
-  for (int x = static_cast<int>(threadIdx.x); x < rows * D / 4; x += attention_threads) {
+  for (int x = static_cast<int>(threadIdx.x); x < rows * D / 4; x += decode_threads) {
     const int row = x / (D / 4);
     if (queries.has(row)) f(row, x % (D / 4) * 4);
   }
@@ -145,15 +149,17 @@ __device__ void count_read(const AttentionProblem& p, const QueryTile& queries,
   }
 }
 
-template <int D, int slabs, bool alone>
-__global__ void __launch_bounds__(attention_threads, 2)
+template <int D, int slabs, bool large>
+__global__ void __launch_bounds__(decode_threads, 1)
     decode_kernel(const __grid_constant__ AttentionProblem p, const Rows<bf16> q,
                   const Rows<bf16> k, const Rows<bf16> v, const Rows<bf16> o, float* lse,
                   const PackedRows pack, float scale, bool clustered, const ReadSums read) {
-  using Shape = Decode<D, slabs, alone>;
+  using Shape = Decode<D, slabs, large>;
   constexpr int rows = Shape::rows, stages = Shape::stages;
-#ifndef ENTRAIN_HOPPER
-  clustered = false;  // so that no code is made of it
+#ifdef ENTRAIN_HOPPER
+  if (!large) clustered = false;  // so that no code is made of it
+#else
+  clustered = false;
 #endif
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const QueryTile queries(p, pack, static_cast<int>(blockIdx.z) * pack.heads);
@@ -181,23 +187,33 @@ __global__ void __launch_bounds__(attention_threads, 2)
   wait_for_previous();
   let_next_begin();
 
-  queries.copy<rows>(q, q_tile, D, true);
+  if (threadIdx.x < attention_threads) queries.copy<rows>(q, q_tile, D, true);
   commit_copies();
-  const AttendedTiles tiles(p, queries, rings + warps * Shape::ring_bytes);
+  const AttendedTiles tiles(p, queries, rings + Shape::work_bytes);
   __syncthreads();
   const int count = tiles.count();
   const int splits = clustered ? most : max(1, min(most, (count + least_tiles - 1) / least_tiles));
   if (split >= splits) return;
-  const int begin = count * split / splits, share = count * (split + 1) / splits - begin;
+  const int half = 2 * split + warp / tile_warps;  // the share of four warps
+  const int begin = count * half / (2 * splits);
+  const int share = count * (half + 1) / (2 * splits) - begin;
   const HeadRows k_rows(k, queries.b, queries.r), v_rows(v, queries.b, queries.r);
+  const int own_key = warp % tile_warps * warp_keys;  // of a tile
+  constexpr int row_lanes = D / 8;
+  const uint32_t lane_row = lane / row_lanes, lane_chunk = lane % row_lanes;
+  const uint32_t lane_place = SharedTile<D>{0}.chunk(lane_row, lane_chunk);
   const auto fetch = [&](int tile, int place) {
-#pragma unroll 4
-    for (int x = 0; x < warp_keys * D / 8; x += 32) {
-      const int row = (x + lane) / (D / 8), c = (x + lane) % (D / 8);
-      const int key = tile * key_tile + warp * warp_keys + row;
-      const bool valid = key < static_cast<int>(p.keys);
-      copy_async<16>(k_tile(place).chunk(row, c), k_rows.at(0, key) + 8 * c, valid);
-      copy_async<16>(v_tile(place).chunk(row, c), v_rows.at(0, key) + 8 * c, valid);
+    const int key = tile * key_tile + own_key + static_cast<int>(lane_row);
+    const int left = static_cast<int>(p.keys) - key;
+    const bf16* k_from = k_rows.at(0, key) + 8 * lane_chunk;
+    const bf16* v_from = v_rows.at(0, key) + 8 * lane_chunk;
+#pragma unroll
+    for (uint32_t i = 0; i < warp_keys; i += 32 / row_lanes) {
+      // As chunk() has it: the bits of i and lane_row do not meet.
+      const uint32_t at = (lane_place ^ i % 8 * 16) + i * SharedTile<D>::row_bytes;
+      const bool valid = static_cast<int>(i) < left;
+      copy_async<16>(k_tile(place).address + at, k_from + i * k_rows.token_step, valid);
+      copy_async<16>(v_tile(place).address + at, v_from + i * v_rows.token_step, valid);
     }
     if (p.bias && lane < queries.count) {
       copy_async<4>(shared_address(&small.biases[warp][place][lane]),
@@ -207,12 +223,12 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   AttendedTiles::Walk ahead(tiles, begin), now = ahead;
 #pragma unroll 1
-  for (int place = 0; place < stages - 1; ++place) {
+  for (int place = 0; place < stages; ++place) {
     if (place < share) fetch(ahead.next(), place);
     commit_copies();
   }
   if (read.read && split == 0 && blockIdx.z == 0) count_read(p, queries, read);
-  wait_copies_but<stages - 1>();
+  wait_copies_but<stages>();
   __syncthreads();  // q is here
   const LeftOperand<D, slabs> q_operand(q_tile, 0);
 
@@ -230,16 +246,13 @@ __global__ void __launch_bounds__(attention_threads, 2)
   }
 
   for (int t = 0, place = 0; t < share; ++t) {
-    wait_copies_but<stages - 2>();
-    __syncwarp();  // this tile is here, and nobody uses the one before any more
-    const int before = place == 0 ? stages - 1 : place - 1;
-    if (t + stages - 1 < share) fetch(ahead.next(), before);
-    commit_copies();
+    wait_copies_but<stages - 1>();
+    __syncwarp();  // this tile is here
 
     float s[slabs][2][4] = {};
     rows_by_rows(s, q_operand, k_tile(place), 0);
 
-    const int tile = now.next(), key = tile * key_tile + warp * warp_keys + lane % 4 * 2;
+    const int tile = now.next(), key = tile * key_tile + own_key + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < slabs; ++m) {
 #pragma unroll
@@ -253,18 +266,22 @@ __global__ void __launch_bounds__(attention_threads, 2)
             s[m][j / 2][2 * i + j % 2] = -INFINITY;
           }
         }
-        const float bias = p.bias && on ? small.biases[warp][place][query] * log2_e : 0;
+        const float given = small.biases[warp][place][query] * log2_e;  // anything, if none are
+        const float bias = p.bias && on ? given : 0;
         weigh(s[m], sums[m], weight[m][i], i, scale, bias);
       }
     }
     weighted_rows(sums, s, v_tile(place), 0);
+    __syncwarp();  // nobody uses it any more
+    if (t + stages < share) fetch(ahead.next(), place);
+    commit_copies();
     place = place == stages - 1 ? 0 : place + 1;
   }
 
   if (clustered) cluster_arrive();  // this warp's ring is free for what others send
   auto* warp_sums = reinterpret_cast<float*>(rings);
   auto& cluster = *reinterpret_cast<ClusterMerge<D, rows>*>(rings + Shape::sum_bytes);
-  static_assert(Shape::sum_bytes + sizeof cluster <= warps * Shape::ring_bytes);
+  static_assert(!large || Shape::sum_bytes + sizeof cluster <= Shape::work_bytes);
   leave_sums<Shape>(sums, weight, small.weights, warp_sums);
   __syncthreads();
   if (clustered) cluster_meet();
@@ -303,50 +320,34 @@ int cluster_of(Kernel kernel, const dim3& groups, int64_t blocks, size_t bytes) 
   if (!on_hopper()) return 1;
   for (unsigned n = most_of_cluster; n > 1; n /= 2) {
     if (n > blocks) continue;
-    const LaunchAfter of({groups.x, n, groups.z}, attention_threads, bytes, {1, n, 1});
+    const LaunchAfter of({groups.x, n, groups.z}, decode_threads, bytes, {1, n, 1});
     const int at_once = of.clusters_at_once("attention_decode", kernel);
     if (at_once >= static_cast<int>(groups.x * groups.z)) return static_cast<int>(n);
   }
   return 1;
 }
 
-/// Whether a kernel with more shared memory can take the place of another: if all its blocks run at
-/// once nevertheless.
-template <class Kernel>
-bool runs_at_once(Kernel kernel, const dim3& grid, const dim3& cluster, size_t bytes) {
-  if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
-  const auto blocks = static_cast<int>(grid.x * grid.y * grid.z);
-  if (cluster.y == 1) return blocks <= multiprocessors();
-  const LaunchAfter of(grid, attention_threads, bytes, cluster);
-  return of.clusters_at_once("attention_decode", kernel) >= blocks / static_cast<int>(cluster.y);
-}
-
 /// Whether this GPU's shared memory sufficed.
-template <int D, int slabs>
+template <int D, int slabs, bool large>
 bool decode(const AttentionProblem& p, const Rows<bf16>& q, const Rows<bf16>& k,
             const Rows<bf16>& v, const Rows<bf16>& o, float* lse, const ReadSums& sums) {
-  using Shape = Decode<D, slabs, false>;
-  using Alone = Decode<D, slabs, true>;
-  const size_t bytes = Shape::shared_bytes(p), alone_bytes = Alone::shared_bytes(p);
+  using Shape = Decode<D, slabs, large>;
+  const size_t bytes = Shape::shared_bytes(p);
   if (bytes > static_cast<size_t>(SharedMemory::of_device().most)) return false;
   const PackedRows pack(p.g, Shape::rows);
   const int64_t tiles = QueryTile::tiles(p, pack), parts = ceil_div(p.g, pack.heads);
   const int64_t useful = ceil_div(ceil_div(p.keys, key_tile), least_tiles);
-  const int64_t splits = std::max<int64_t>(
-      1, std::min({useful, int64_t{most_splits}, most_split_blocks / (tiles * parts)}));
+  const int64_t at_once = std::min(most_split_blocks, multiprocessors());
+  const int64_t splits =
+      std::max<int64_t>(1, std::min({useful, int64_t{most_splits}, at_once / (tiles * parts)}));
   dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits),
             static_cast<unsigned>(parts));
   dim3 cluster(1, 1, 1);
-  const auto kernel = decode_kernel<D, slabs, false>, alone = decode_kernel<D, slabs, true>;
-  if (p.mask) cluster.y = cluster_of(kernel, grid, splits, bytes);
+  const auto kernel = decode_kernel<D, slabs, large>;
+  if (p.mask && large) cluster.y = cluster_of(kernel, grid, splits, bytes);
   if (cluster.y > 1) grid.y = cluster.y;
-  const auto start = [&](auto the_kernel, size_t its_bytes) {
-    LaunchAfter(grid, attention_threads, its_bytes, cluster)("attention_decode", the_kernel, p, q,
-                                                             k, v, o, lse, pack, p.scale() * log2_e,
-                                                             cluster.y > 1, sums);
-  };
-  runs_at_once(alone, grid, cluster, alone_bytes) ? start(alone, alone_bytes)
-                                                  : start(kernel, bytes);
+  LaunchAfter(grid, decode_threads, bytes, cluster)("attention_decode", kernel, p, q, k, v, o, lse,
+                                                    pack, p.scale() * log2_e, cluster.y > 1, sums);
   return true;
 }
 
@@ -362,9 +363,12 @@ bool attention_decode(const AttentionProblem& problem, const Tensor& q, const Te
   const AttentionProblem p = check_sizes(problem);
   const Rows<bf16> q_rows(q), k_rows(k), v_rows(v), o_rows(o);
   if (!wide_rows(p, {q_rows, k_rows, v_rows, o_rows})) return false;
+  const auto with = [&]<int D, int slabs>() {
+    return decode<D, slabs, true>(p, q_rows, k_rows, v_rows, o_rows, lse, sums) ||
+           decode<D, slabs, false>(p, q_rows, k_rows, v_rows, o_rows, lse, sums);
+  };
   const auto run = [&]<int D>(std::integral_constant<int, D>) {
-    return p.g * p.N <= 16 ? decode<D, 1>(p, q_rows, k_rows, v_rows, o_rows, lse, sums)
-                           : decode<D, 2>(p, q_rows, k_rows, v_rows, o_rows, lse, sums);
+    return p.g * p.N <= 16 ? with.template operator()<D, 1>() : with.template operator()<D, 2>();
   };
   return p.D == 64 ? run(std::integral_constant<int, 64>{})
                    : run(std::integral_constant<int, 128>{});

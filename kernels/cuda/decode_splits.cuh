@@ -8,6 +8,8 @@
 
 namespace entrain::cuda {
 
+constexpr int decode_threads = 256;
+
 /// Of weights 2^(score - top) of a row: their sum.
 struct RowWeight {
   float top, sum;
@@ -62,7 +64,9 @@ struct ClusterMerge {
   float4 sums[rows * D / 4];  // [splits, own rows, D]
   RowWeight weights[rows];    // [splits, own rows]
 
-  __device__ static int own_rows(int splits) { return rows / splits; }
+  /// Both are powers of two.
+  __device__ static int own_log(int splits) { return __ffs(rows) - __ffs(splits); }
+  __device__ static int own_rows(int splits) { return 1 << own_log(splits); }
   /// That are sent to a split.
   __device__ static int bytes(const QueryTile& queries, int split, int splits) {
     int of_queries = 0;
@@ -73,8 +77,8 @@ struct ClusterMerge {
   }
   __device__ void send(int split, int splits, int row, int d, const float4& sum,
                        const RowWeight& weight, uint32_t barrier) {
-    const int own = own_rows(splits), at = split * own + row % own;
-    const auto to = static_cast<uint32_t>(row / own);
+    const int own = own_rows(splits), at = split * own + (row & (own - 1));
+    const auto to = static_cast<uint32_t>(row >> own_log(splits));
     cuda::send(sums + (at * D + d) / 4, sum, barrier, to);
     if (d > 0) return;
     cuda::send(reinterpret_cast<float2*>(weights + at), make_float2(weight.top, weight.sum),
@@ -83,7 +87,7 @@ struct ClusterMerge {
   /// In order, once all have sent theirs.
   __device__ void put(const Output& output, int split, int splits) const {
     const int own = own_rows(splits);
-    for (int x = static_cast<int>(threadIdx.x); x < own * D / 4; x += attention_threads) {
+    for (int x = static_cast<int>(threadIdx.x); x < own * D / 4; x += decode_threads) {
       const int i = x / (D / 4), row = split * own + i;
       if (!output.queries.has(row)) continue;
       const RowWeight all = merge(weights + i, splits, own);
@@ -98,7 +102,7 @@ struct ClusterMerge {
 };
 
 // Where splits are no cluster, what they leave in memory for the last one. 4.3 MB.
-constexpr int most_split_blocks = 256;  // two a multiprocessor
+constexpr int most_split_blocks = 256;  // at most one a multiprocessor
 constexpr int most_splits = 64;
 static __device__ float split_sums[most_split_blocks * 32 * 128];   // [group, split, rows, D]
 static __device__ RowWeight split_weights[most_split_blocks * 32];  // [group, split, rows]
@@ -124,7 +128,7 @@ struct Merge {
 
   /// Lanes share a row. A barrier must follow.
   __device__ void weigh(int first, int splits) {
-    constexpr int width = attention_threads / rows;
+    constexpr int width = decode_threads / rows;
     const Lanes lanes(width);
     const int row = static_cast<int>(threadIdx.x) / width;
     float2 parts[most_splits / width];
@@ -155,7 +159,7 @@ struct Merge {
 /// Merges the splits of a group, whose parts begin at `first`, in order.
 template <int D, int rows>
 __device__ void merge_splits(const Output& output, int first, int splits, Merge<rows>& merge) {
-  constexpr int step = attention_threads / (D / 4), own = rows / step;  // rows at a time, and so on
+  constexpr int step = decode_threads / (D / 4), own = rows / step;  // rows at a time, and so on
   constexpr int unroll = 16 / own;  // so many sums are on their way at once
   merge.weigh(first, splits);
   __syncthreads();

@@ -19,7 +19,7 @@ class AttendedTiles {
     any_ = reinterpret_cast<uint64_t*>(shared);
     const int begin = seen_by(p, queries.first).begin / key_tile;
     const int end = (seen_by(p, queries.first + queries.count - 1).end + key_tile - 1) / key_tile;
-    for (int w = static_cast<int>(threadIdx.x); w < words_; w += attention_threads) {
+    for (int w = static_cast<int>(threadIdx.x); w < words_; w += static_cast<int>(blockDim.x)) {
       const bool choose = masked_ && w < static_cast<int>(p.words);
       uint64_t any = masked_ ? 0 : ~uint64_t{0};
       for (int i = 0; choose && i < queries.count; ++i) {
@@ -37,9 +37,10 @@ class AttendedTiles {
     for (int w = static_cast<int>(threadIdx.x) % 32; w < words_; w += 32) sum += __popcll(any_[w]);
     return __reduce_add_sync(0xffffffffu, sum);
   }
-  /// Whether a query's mask, where there is one, has a tile.
+  /// Whether a query's mask, where there is one, has a tile, one of these. No branches.
   __device__ bool of(int query, int tile) const {
-    return !masked_ || (any_[(1 + query) * words_ + tile / 64] >> (tile % 64) & 1);
+    const uint64_t* bits = any_ + (masked_ ? (1 + query) * words_ : 0);
+    return bits[tile / 64] >> (tile % 64) & 1;
   }
 
   /// The attended tiles from the n-th on, one after the other.

@@ -2,26 +2,28 @@
 // gives a block of threads all chunks of a tile of queries, eight blocks, a cluster, share them.
 //
 //   q [rows, D] bf16, shared --ldmatrix--.
-//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> z [rows, own chunks], shared
-//   a row's z --to one block--> all of the row -> entries near its top -> tau --to all blocks-->
-//   w, its logarithms, their sums --to all blocks--> mask, bias
+//   kbar [M, D] -> float -> three bf16 parts, registers --mma--> q . kbar [rows, chunks], shared
+//   a row's --to one block--> all of the row -> scores -> entries near the top -> tau --to all
+//   blocks--> w, its logarithms, their sums --to all blocks--> mask, bias
 //
 // Grid: 8 x (queries x kv heads x batch); rows are up to 64, the heads of a few queries. Chunks go
 // to blocks in turns of 32, half a word of the mask. A warp takes the summaries of 8 chunks at a
 // time, and those of later ones are on their way to registers while it is at these: 64 KB to a
-// block. Where there are more than 16 rows of 128 dimensions that takes all registers, and a few
-// words needed later are spilled. Blocks send each other what they need, to barriers that count
-// bytes: they never meet again once all have begun, and each may leave when it has got everything.
+// block. Blocks send each other what they need, to barriers that count bytes: they never meet again
+// once all have begun, and each may leave when it has got everything.
 //
 // It begins beside the kernel before it: summaries of earlier steps come, and alpha and gamma from
-// the host, before that kernel's results are there.
+// the host, before that kernel's results are there. The host is far, and seems to answer one
+// question after the other: one block of a cluster asks, and nobody waits for it until the products
+// are there, which it makes scores of. (When all blocks asked, and waited before the products, a
+// layer took 15 us at batch 1, and from 1.5 to 2 us more for each further sequence: 26 at 8, 43
+// at 16.)
 //
 // The time is that of reading the summaries once, f32 in the cache of a bf16 model. Hkv 2, D 128,
 // 1536 chunks: 0.8 MB a kv head, at batch 8 13 MB, 5 us at 2.8 TB/s. Expected after that: queries
-// and scores, 1.5 us; thresholds, 2 of 16 rows a block, two passes over 1536 entries and about
+// and products, 1.5 us; thresholds, 2 of 16 rows a block, three passes over 1536 entries and about
 // eight over those near the top, 2 us; weights and outputs, 1 us; three times a third of a
-// microsecond to send. With f64 summaries, Newton's steps over whole rows and five meetings, each
-// with a fence of half a microsecond, it took 27.5 us. Batch 1: 16 blocks, 1 us in place of 5.
+// microsecond to send. 16 us in all are expected at batch 8, 10 at batch 1, where reading takes 1.
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/dash_bf16.cuh"
 #include "kernels/cuda/launch_after.cuh"
@@ -37,15 +39,16 @@ constexpr int64_t most_queries = 8;
 
 /// What a block knows of its rows.
 struct alignas(16) Small {
-  uint64_t scores_sent, thresholds_sent, sums_sent;  // barriers: what all blocks send this one
-  double alpha;
-  float factor;                  // of q . kbar: scores as entmax_float.cuh takes them
+  // Barriers: what all blocks send this one.
+  uint64_t alpha_gamma_sent, scores_sent, thresholds_sent, sums_sent;
+  double alpha_gamma[2];         // from the first block,
+  double asked[2];               // which has the host's
   float2 thresholds[most_rows];  // top and what tau is above it, from all blocks
   int end[most_rows];            // of a row's candidates; 0 for rows that only fill the tile
 };
 
-/// Shared memory: q, Small, z [rows, z_step], whole [own_rows, width] scores of all blocks, sums
-/// [queries, cluster, pieces] of all blocks.
+/// Shared memory: q, Small, z [rows, z_step] products of the block's chunks, whole [own_rows,
+/// width] those of all blocks, sums [queries, cluster, pieces] of all blocks.
 template <class K>
 struct RouteDecode {
   int64_t Hq, Hkv, N, M, first;
@@ -71,6 +74,23 @@ struct RouteDecode {
            8 * queries * cluster * pieces;
   }
 };
+
+/// Makes scores of a row's first n products, -infinity before the first candidate and from the n-th
+/// on. Returns the largest.
+template <int width>
+__device__ float scale_row(float* row, int begin, int n, float factor) {
+  float top = -INFINITY;
+  for_fours<width>(row, n, [&](const float4& at, int c) {
+    const auto score = [&](float product, int column) {
+      const float z = column >= begin && column < n ? factor * product : -INFINITY;
+      top = fmaxf(top, z);  // passes over NaN
+      return z;
+    };
+    *reinterpret_cast<float4*>(row + c) =
+        make_float4(score(at.x, c), score(at.y, c + 1), score(at.z, c + 2), score(at.w, c + 3));
+  });
+  return Lanes(width).max(top);
+}
 
 /// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
 /// others of its own together. Returns how far the lane's row then goes.
@@ -112,45 +132,60 @@ class DecodeTile {
     count_ = min(p.queries, static_cast<int>(p.N) - first_);
   }
 
-  __device__ double alpha() const { return small_.alpha; }
-
-  /// Scores of the block's chunks; those of a row go to the block whose threshold it is to find
-  /// too.
-  __device__ void score() {
-    double alpha = 0, gamma = 0;
+  /// Products of the queries and the block's chunks; those of a row go to the block whose threshold
+  /// it is to find too.
+  __device__ void multiply() {
+    const bool asks = rank_ == 0 && threadIdx.x == 0;
+    if (asks) {
+      for (int i = 0; i < 2; ++i) {
+        copy_async<8>(shared_address(small_.asked + i), p_.alpha_gamma + i, true);
+      }
+    }
     if (threadIdx.x == 0) {
-      alpha = p_.alpha_gamma[0];
-      gamma = p_.alpha_gamma[1];
+      expect(alpha_gamma_sent(), sizeof small_.alpha_gamma);
       expect(scores_sent(), p_.own_rows() * p_.width() * static_cast<int>(sizeof(float)));
       expect(thresholds_sent(), p_.rows * static_cast<int>(sizeof(float2)));
       expect(sums_sent(), count_ * cluster * p_.pieces * static_cast<int>(sizeof(float2)));
       barrier_init_done();
     }
     cluster_arrive();
-    // Before all else, with alpha and gamma: what takes longest.
+    // Before all else, after alpha and gamma: what takes longest.
     if (!p_.early) wait_for_previous();
     Summaries next[ahead];
 #pragma unroll
     for (int i = 0; i < ahead; ++i) load_summaries(next[i], warp() + i * warps);
     if (!p_.beside) wait_for_previous();
     load_queries();
-    if (threadIdx.x == 0) {
-      const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
-      small_.alpha = alpha;
-      small_.factor = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
-    }
-    wait_copies();
+    if (warp() > 0) wait_copies();  // the first warp's is of alpha and gamma
     __syncthreads();
     cluster_meet();
     for (int eight = warp(); eight < eights(); eight += ahead * warps) {
 #pragma unroll
       for (int i = 0; i < ahead; ++i) {
-        if (eight + i * warps < eights()) score(next[i], eight + i * warps);
+        if (eight + i * warps < eights()) multiply(next[i], eight + i * warps);
       }
     }
     __syncthreads();
     wait_for_previous();  // what follows writes where earlier kernels may still read
     let_next_begin();
+    if (asks) {
+      wait_copies();
+      const auto alpha_gamma = *reinterpret_cast<const float4*>(small_.asked);
+      for (int to = 0; to < cluster; ++to) {
+        send(reinterpret_cast<float4*>(small_.alpha_gamma), alpha_gamma, alpha_gamma_sent(), to);
+      }
+    }
+    __syncwarp();  // else the warp's others ask for what it is to send
+  }
+
+  /// alpha, once it is here. From now on products can be made scores as entmax_float.cuh takes
+  /// them.
+  __device__ double alpha() {
+    barrier_wait(alpha_gamma_sent(), 0);
+    const auto [alpha, gamma] = small_.alpha_gamma;
+    const auto scale = static_cast<float>(gamma * (1 / sqrt(static_cast<double>(D))));
+    factor_ = alpha == 1 ? scale : scale * static_cast<float>(alpha - 1);
+    return alpha;
   }
 
   /// Of the rows that are this block's, every eighth; they go to all blocks.
@@ -161,7 +196,7 @@ class DecodeTile {
     float* scores = whole_ + warp() * p_.width();
     const int row = warp() * cluster + rank_, end = small_.end[row];
     const int n = end > p_.begin ? end : 0;
-    const float top = row_top<32>(scores, n);
+    const float top = scale_row<32>(scores, p_.begin, n, factor_);
     const float least = entmax.alpha_1 > 0 ? -1 : -INFINITY;  // of what the support may hold
     const int kept = keep_above<32>(scores, n, top, least);
     const float t = entmax.template threshold<32>(scores, kept, -1);
@@ -173,7 +208,7 @@ class DecodeTile {
     tau[(b_ * p_.Hq + r_ * p_.g + row % p_.g) * p_.N + first_ + i] = n > 0 ? top + t : 0;
   }
 
-  /// log(w + eps) of the support takes the place of the first head's scores, NaN elsewhere.
+  /// log(w + eps) of the support takes the place of the first head's products, NaN elsewhere.
   template <class Entmax>
   __device__ void weigh(const Entmax& entmax, float* weights) {
     const auto eps = static_cast<float>(p_.routing.prior_eps);
@@ -186,10 +221,11 @@ class DecodeTile {
 #pragma unroll 4
         for (int h = row; h < row + p_.g; ++h) {
           const auto [top, tau] = small_.thresholds[h];
-          w += entmax.probability(z(h)[at] - top, tau);
+          // Rounded as in scale_row().
+          w += entmax.probability(__fmul_rn(factor_, z(h)[at]) - top, tau);
         }
       }
-      w /= static_cast<float>(p_.g);
+      w = __fdividef(w, static_cast<float>(p_.g));  // fast for 0 too, what w mostly is
       const bool routed = w > least_weight;
       const float l = routed ? __logf(w + eps) : 0;
       if (x < p_.scored) z(row)[at] = routed ? l : NAN;
@@ -245,6 +281,9 @@ class DecodeTile {
   __device__ static int lane() {
     return static_cast<int>(threadIdx.x) % 32;
   }
+  __device__ uint32_t alpha_gamma_sent() const {
+    return shared_address(&small_.alpha_gamma_sent);
+  }
   __device__ uint32_t scores_sent() const {
     return shared_address(&small_.scores_sent);
   }
@@ -278,9 +317,12 @@ class DecodeTile {
     return (b_ * p_.Hkv + r_) * p_.N + first_ + i;
   }
 
-  /// Starts copying, zeros to rows that only fill the tile.
+  /// All warps but the first start copying, zeros to rows that only fill the tile.
   __device__ void load_queries() {
-    for (int x = static_cast<int>(threadIdx.x); x < p_.rows * (D / 8); x += threads) {
+    int x = static_cast<int>(threadIdx.x) - 32;
+    if (x < 0) x = p_.rows * (D / 8);
+#pragma unroll 1
+    for (; x < p_.rows * (D / 8); x += threads - 32) {
       const int row = x / (D / 8), c = x % (D / 8), i = row / p_.g;
       copy_async<16>(q_.chunk(row, c), p_.q.at(b_, r_ * p_.g + row % p_.g, first_ + i) + 8 * c,
                      i < count_);
@@ -292,9 +334,12 @@ class DecodeTile {
       small_.end[row] = i < count_ && n > 0 ? p_.begin + n : 0;
     }
   }
-  /// Scores of eight chunks, whose summaries make room for later ones.
-  __device__ void score(Summaries& next, int eight) {
+  /// Products with eight chunks, whose summaries make room for later ones.
+  __device__ void multiply(Summaries& next, int eight) {
     float sums[row_tiles][chains][4] = {};
+    const int later = eight + ahead * warps;
+    const bool more = later < eights();
+    const K* from = summaries(later);
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       uint32_t parts[3][2];
@@ -304,7 +349,7 @@ class DecodeTile {
                        static_cast<float>(next[step][i].at[1]), parts[2][i], parts[1][i],
                        parts[0][i]);
       }
-      load_summaries(next, eight + ahead * warps, step);
+      if (more) load_step(next, from, step);
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {
         if (16 * m >= p_.rows) break;
@@ -320,45 +365,42 @@ class DecodeTile {
 #pragma unroll
     for (int i = 0; i < 2 * row_tiles; ++i) {
       if (8 * i >= p_.rows) break;
-      const int row = 8 * i + lane() / 4, end = small_.end[row];
-      float pair[2] = {};
+      float2 pair = {};
 #pragma unroll
       for (const float(&sum)[4] : sums[i / 2]) {
-        pair[0] += sum[i % 2 * 2];
-        pair[1] += sum[i % 2 * 2 + 1];
+        pair.x += sum[i % 2 * 2];
+        pair.y += sum[i % 2 * 2 + 1];
       }
-      const float2 scores =
-          make_float2(c >= p_.begin && c < end ? small_.factor * pair[0] : -INFINITY,
-                      c + 1 >= p_.begin && c + 1 < end ? small_.factor * pair[1] : -INFINITY);
-      *reinterpret_cast<float2*>(z(row) + at) = scores;
-      send(reinterpret_cast<float2*>(whole_ + i * p_.width() + c), scores, scores_sent(),
-           lane() / 4);
+      *reinterpret_cast<float2*>(z(8 * i + lane() / 4) + at) = pair;
+      send(reinterpret_cast<float2*>(whole_ + i * p_.width() + c), pair, scores_sent(), lane() / 4);
     }
   }
 
-  /// The step's dimensions of the eight chunks; zeros after the last candidate.
-  __device__ void load_summaries(Summaries& to, int eight, int step) const {
-    const int c = chunk_at(8 * eight + lane() / 4);
-    const bool is = eight < eights() && c < p_.end;
+  /// Where the lane's part of eight chunks begins. After the last candidate it is that one's, as
+  /// what comes of it does not matter.
+  __device__ const K* summaries(int eight) const {
+    const int c = min(chunk_at(8 * eight + lane() / 4), p_.end - 1);
+    return p_.kbar.at(b_, r_, c) + lane() % 4 * 2;
+  }
+  __device__ static void load_step(Summaries& to, const K* from, int step) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      to[step][i] = {};
-      if (is) {
-        to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(p_.kbar.at(b_, r_, c) + 16 * step +
-                                                           8 * i + lane() % 4 * 2);
-      }
+      to[step][i] = *reinterpret_cast<const Pack<K, 2>*>(from + 16 * step + 8 * i);
     }
   }
   __device__ void load_summaries(Summaries& to, int eight) const {
+    if (eight >= eights()) return;
+    const K* from = summaries(eight);
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) load_summaries(to, eight, step);
+    for (int step = 0; step < D / 16; ++step) load_step(to, from, step);
   }
 
   /// Calls f(query, piece of this block, the lane's chunk) for all, a warp each.
   template <class F>
   __device__ void for_pieces(F f) const {
-    for (int y = warp(); y < count_ * p_.pieces; y += warps) {
-      const int i = y / p_.pieces, x = y % p_.pieces;
+    for (int i = 0, x = warp();; x += warps) {
+      for (; x >= p_.pieces; x -= p_.pieces) ++i;
+      if (i >= count_) return;
       f(i, x, chunk_at(x * piece + lane()));
     }
   }
@@ -373,7 +415,7 @@ class DecodeTile {
     }
     sum = warp_sum(sum);
     support = warp_sum(support);
-    return p_.routing.center && support > 0 ? sum / support : 0;
+    return p_.routing.center && support > 0 ? __fdividef(sum, support) : 0;
   }
 
   const RouteDecode<K>& p_;
@@ -384,6 +426,7 @@ class DecodeTile {
   float2* const sums_;
   int b_, r_, first_;  // batch, kv head, first query
   int count_;          // queries
+  float factor_;       // of products: scores
 };
 
 template <int D, class K, int row_tiles>
@@ -391,7 +434,7 @@ __global__ void __launch_bounds__(threads, 2)
     route_kernel(const __grid_constant__ RouteDecode<K> p, const RouteOutput out) {
 #ifdef ENTRAIN_HOPPER
   DecodeTile<D, K, row_tiles> tile(p, dynamic_shared());
-  tile.score();
+  tile.multiply();
   by_curve(tile.alpha(), [&](const auto& entmax) {
     tile.find_thresholds(entmax, out.tau);
     tile.weigh(entmax, out.weights);
