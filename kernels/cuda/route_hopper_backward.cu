@@ -30,21 +30,28 @@ namespace {
 
 constexpr int threads = warpgroup;
 
-/// Shared memory: the rows of q; of a pack, three parts of summaries, of which dz takes the place
-/// of the first, chunks and dw; a barrier; which chunks have sums.
+/// Shared memory: the rows of q; of a pack, three parts of summaries, chunks and dw; of this row
+/// tile and the next, thresholds and unions; barriers of q and dq; which chunks have sums. Once a
+/// pack's scores are known, dz takes the place of the high parts and dq's rows that of the low
+/// ones; once dz has been used, sums for dkbar take its place and what lies before it.
 template <int D>
 struct Layout {
   static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int parts_at = block_bytes, rounded_at = parts_at + 2 * block_bytes;
-  static constexpr int list_at = rounded_at + block_bytes;
-  static constexpr int barrier_at = list_at + 64 * 4;
-  static constexpr int dw_at = barrier_at + 16;
+  static constexpr int sum_step = 4 * D + 32;  // bytes; pairs of four rows in different banks
+  static constexpr int sums_at = block_bytes, rounded_at = sums_at + 2048;
+  static constexpr int parts_at = rounded_at + block_bytes, low_at = parts_at + block_bytes;
+  static constexpr int list_at = low_at + block_bytes;
+  static constexpr int barriers_at = list_at + 64 * 4;
+  static constexpr int taus_at = barriers_at + 16, dw_at = taus_at + 2 * block_rows * 8;
+  static_assert(sums_at + block_rows * sum_step == low_at);
 
-  __host__ __device__ static int summed_at(int queries) {
+  __host__ __device__ static int unions_at(int queries) {
     return dw_at + queries * RowTile::step * 4;
   }
-  static int shared_bytes(int queries, int tiles) { return 1024 + summed_at(queries) + 8 * tiles; }
+  static int shared_bytes(int queries, int tiles) {
+    return 1024 + unions_at(queries) + 3 * 8 * tiles;
+  }
 };
 
 /// Whole tiles whose chunks of the union, 64 at most, are gathered; how many these are.
@@ -58,18 +65,25 @@ class QueryRows {
  public:
   using Shape = Layout<D>;
 
-  __device__ QueryRows(const HopperRouteBackward& p, int head, int part, char* memory)
+  __device__ QueryRows(const HopperRouteBackward& p, const CUtensorMap& q, const CUtensorMap& dq,
+                       int head, int part, char* memory)
       : p_(p),
+        q_(q),
+        dq_(dq),
         memory_(memory),
         shared_(uniform(static_cast<int>(shared_address(memory)))),
         list_(reinterpret_cast<int*>(memory + Shape::list_at)),
+        taus_(reinterpret_cast<double*>(memory + Shape::taus_at)),
         dw_(memory + Shape::dw_at),
-        summed_(reinterpret_cast<uint64_t*>(memory + Shape::summed_at(p.route.queries))),
+        unions_(reinterpret_cast<uint64_t*>(memory + Shape::unions_at(p.route.queries))),
+        summed_(unions_ + 2 * p.tiles),
         head_(head),
         part_(part),
         rows_(p.route) {
+    item_ = {head / p.route.Hkv, head % p.route.Hkv, 0, p.route.first_tile(), 0};
     if (threadIdx.x == 0) {
       barrier_init(barrier(), 1);
+      barrier_init(dq_barrier(), 1);
       barrier_init_done();
     }
     for (int tile = thread(); tile < p.tiles; tile += threads) summed_[tile] = 0;
@@ -84,14 +98,22 @@ class QueryRows {
     __syncthreads();
   }
 
+  /// Before the first row tile.
+  __device__ __forceinline__ void begin(int row_tile) const {
+    copy_numbers(row_tile, 0);
+    copy_q(row_tile);
+    wait_copies();
+    __syncthreads();
+  }
+
+  /// A row tile; what is known of the next one is on its way meanwhile.
   template <class Entmax>
-  __device__ __forceinline__ void take(int row_tile, const CUtensorMap& q, const Entmax& entmax,
-                                       const Rows<bf16>& dq) {
+  __device__ __forceinline__ void take(int row_tile, int next, const Entmax& entmax) {
     place(row_tile);
     int from = item_.begin, last = -1;  // where the next pack begins; sweep 2: and the last one
     Pack pack = find(from);
-    if (pack.count == 0) return;
-    if (threadIdx.x == 0) copy_rows<D>(Block{shared_}, q, barrier(), p_.route, item_, item_.first);
+    copy_numbers(next, phase_ ^ 1);
+    if (pack.count == 0) return skip(next);
     float total[2] = {0, 0}, weighted[2] = {0, 0}, sum[D / 8][4] = {};
     pin(sum);
 #pragma unroll 1
@@ -110,18 +132,19 @@ class QueryRows {
         }
       }
       if (last >= 0) {
-        add_gradients(sum, s);
-        mark_sums(pack);
-        if (from == last) break;
+        const bool ends = from == last;
+        add_gradients(sum, s, ends, next);
+        if (ends) break;
       }
       pack = find(from);
     }
     phase_ ^= 1;
-    add_to(dq, sum);
+    add_to_dq(sum);
   }
 
   /// For who adds parts up.
-  __device__ void put_summed() const {
+  __device__ void end() const {
+    wait_stores();
     __syncthreads();
     uint64_t* to = p_.summed + p_.part_of(head_, part_) * p_.tiles;
     for (int tile = thread(); tile < p_.tiles; tile += threads) to[tile] = summed_[tile];
@@ -135,25 +158,65 @@ class QueryRows {
     return x;
   }
   __device__ uint32_t barrier() const {
-    return shared_ + Shape::barrier_at;
+    return shared_ + Shape::barriers_at;
   }
-  /// Of the thread's row i, within the group.
-  __device__ __forceinline__ int head_of_row(int i) const {
-    return rows_.lane_row(i) % p_.route.g;
+  __device__ uint32_t dq_barrier() const {
+    return barrier() + 8;
+  }
+  /// The union of a row tile's queries; of two row tiles, one after the other.
+  __device__ uint64_t* union_of(uint32_t phase) const {
+    return unions_ + phase * p_.tiles;
+  }
+
+  /// Starts copies of a row tile's thresholds and union, and has the second-level cache read its
+  /// rows.
+  __device__ __forceinline__ void copy_numbers(int row_tile, uint32_t phase) const {
+    if (row_tile >= p_.row_tiles) return;
+    const int first = row_tile * p_.route.queries, row = thread();
+    const int count = min(p_.route.queries, p_.route.N - first);
+    if (row < block_rows) {
+      const int query = row / p_.route.g, head = row % p_.route.g;
+      const bool is = query < count;
+      copy_async<8>(shared_address(taus_ + phase * block_rows + row),
+                    p_.tau + (is ? p_.route.at_row(item_, first + query, head) : 0), is);
+    }
+    const int end = p_.route.end_tile(first + count - 1);
+    const uint64_t* from = p_.union_of(head_, row_tile);
+    for (int tile = item_.begin + thread(); tile < end; tile += threads) {
+      copy_async<8>(shared_address(union_of(phase) + tile), from + tile, true);
+    }
+    if (thread() != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      prefetch_panel(q_, panel * 64, item_.r * p_.route.g, first, item_.b);
+      prefetch_panel(dq_, panel * 64, item_.r * p_.route.g, first, item_.b);
+    }
+  }
+  /// Starts the copy of a row tile's queries.
+  __device__ __forceinline__ void copy_q(int row_tile) const {
+    if (threadIdx.x != 0 || row_tile >= p_.row_tiles) return;
+    copy_rows<D>(Block{shared_}, q_, barrier(), p_.route, item_, row_tile * p_.route.queries);
+  }
+  /// Ends a row tile whose queries route nowhere.
+  __device__ __forceinline__ void skip(int next) {
+    barrier_wait(barrier(), phase_);
+    wait_copies();
+    __syncthreads();
+    copy_q(next);
+    phase_ ^= 1;
   }
 
   __device__ __forceinline__ void place(int row_tile) {
     const int first = row_tile * p_.route.queries;
     count_ = min(p_.route.queries, p_.route.N - first);
-    item_ = {head_ / p_.route.Hkv, head_ % p_.route.Hkv, first, p_.route.first_tile(),
-             p_.route.end_tile(first + count_ - 1)};
-    union_ = p_.union_of(head_, row_tile);
+    item_.first = first;
+    item_.end = p_.route.end_tile(first + count_ - 1);
     rows_.place(p_.route, first, count_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
-      const double* tau = p_.tau + p_.route.at_row(item_, first + row_[i], head_of_row(i));
-      threshold_[i] = rows_.routes(i) ? static_cast<float>(*tau) : 0;
+      const double tau = taus_[phase_ * block_rows + rows_.lane_row(i)];
+      threshold_[i] = static_cast<float>(tau);
     }
   }
 
@@ -161,9 +224,10 @@ class QueryRows {
   __device__ __forceinline__ Pack find(int from) const {
     const int lane = thread() % 32, bit = thread() % 64, half = thread() / 64;
     __syncthreads();  // the last pack is done with
+    const uint64_t* const union_words = union_of(phase_);
     int found = 0, at = from, taken = 32;
     while (taken == 32 && at < item_.end) {
-      const uint64_t word = at + lane < item_.end ? union_[at + lane] : 0;
+      const uint64_t word = at + lane < item_.end ? union_words[at + lane] : 0;
       int up_to = __popcll(word);  // and the lanes before
 #pragma unroll
       for (int o = 1; o < 32; o *= 2) {
@@ -182,6 +246,7 @@ class QueryRows {
       at = min(at + taken, item_.end);
     }
     if (half == 0 && bit >= found) list_[bit] = p_.route.M;  // no such chunk
+    wait_stores_read();
     __syncthreads();
     return {from, at, found};
   }
@@ -200,7 +265,7 @@ class QueryRows {
                           (piece % 8 ^ row % 8) * 16;
       copy_async<16>(to, source, is);
       copy_async<16>(to + Shape::block_bytes, source + step, is);
-      if (rounded) copy_async<16>(to + 2 * Shape::block_bytes, source + 2 * step, is);
+      if (rounded) copy_async<16>(to - Shape::block_bytes, source + 2 * step, is);
     }
     const int column = thread() % 64, c = list_[column];
     const float* dw = p_.dbias + p_.route.at_query(item_, item_.first) * p_.route.M + c;
@@ -252,8 +317,10 @@ class QueryRows {
     }
   }
 
-  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums, 64 dimensions at a time.
-  __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4]) const {
+  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums. ends: it is the row tile's
+  /// last; dq's rows and the next row tile's queries are then asked for.
+  __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4], bool ends,
+                                                int next) const {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -263,112 +330,136 @@ class QueryRows {
         s[j][2 * i + 1] *= dw.y - centre_[i];
       }
     }
-    Fragment dz[4];
-    round_to(dz, s);
+    wait_stores();    // sums of the pack before are where these will be added
     __syncthreads();  // all have their scores
+    if (ends && threadIdx.x == 0) {
+      copy_rows<D>(Block{shared_ + Shape::low_at}, dq_, dq_barrier(), p_.route, item_, item_.first);
+    }
     put_rounded(s, memory_ + Shape::parts_at);
     show_to_engines();
     __syncthreads();
+    float columns[D / 8][4];
+    const Block dz{shared_ + Shape::parts_at}, kbar{shared_ + Shape::rounded_at}, q{shared_};
     products_fence();
-    add_product(sum, dz, Block{shared_ + Shape::rounded_at});
-    products_commit();
 #pragma unroll
-    for (int panel = 0; panel < D / 64; ++panel) {
-      const Block dz_block{shared_ + Shape::parts_at}, q{shared_ + panel * panel_bytes};
-      products_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        product_of_columns(s, dz_block.columns(step), q.columns(step), step > 0);
-      }
-      products_commit();
-      products_wait<0>();
-      pin(s);
-      pin(sum);
-      add_to_part(s, 64 * panel);
+    for (int step = 0; step < 4; ++step) {
+      product_of_columns(columns, dz.columns(step), q.columns(step), step > 0);
+      product_with_columns(sum, dz.rows(step), kbar.columns(step), true);
     }
+    products_commit();
+    products_wait<0>();
+    pin(columns);
+    pin(sum);
+    __syncthreads();  // all have theirs
+    if (ends) copy_q(next);
+    add_to_part(columns);
   }
-  /// Rows are places in the list; where a chunk has no sums yet, these are its first.
-  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], int column) const {
-    float* const sums = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + column;
+  /// Rows are places in the list; a warp has 16 of them, and a lane sends one on its way. Where a
+  /// chunk has no sums yet, these are its first.
+  __device__ __forceinline__ void add_to_part(const float (&sum)[D / 8][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int c = list_[rows_.lane_row(i)];
-      if (c == p_.route.M) continue;
-      float2* to = reinterpret_cast<float2*>(sums + int64_t{c} * D) + thread() % 4;
-      const bool adds = summed_[c / 64] >> c % 64 & 1;
-      float2 old[8];
+      const int row = rows_.lane_row(i);
+      if (list_[row] == p_.route.M) continue;
+      float2* to = reinterpret_cast<float2*>(memory_ + Shape::sums_at + row * Shape::sum_step) +
+                   thread() % 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) old[j] = adds ? to[4 * j] : float2{};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        to[4 * j] = make_float2(old[j].x + sum[j][2 * i], old[j].y + sum[j][2 * i + 1]);
-      }
+      for (int j = 0; j < D / 8; ++j) to[4 * j] = make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
     }
-  }
-  /// The chunks of a pack have sums now.
-  __device__ void mark_sums(const Pack& pack) const {
-    __syncthreads();
-    for (int tile = pack.begin + thread(); tile < pack.end; tile += threads) {
-      summed_[tile] |= union_[tile];
+    show_to_engines();
+    __syncwarp();
+    const int lane = thread() % 32, row = thread() / 32 * 16 + lane;
+    const int c = lane < 16 ? list_[row] : p_.route.M;
+    if (c == p_.route.M) return;
+    float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + int64_t{c} * D;
+    const uint32_t from = shared_ + Shape::sums_at + row * Shape::sum_step;
+    const uint64_t bit = uint64_t{1} << c % 64;
+    auto* word = reinterpret_cast<unsigned long long*>(summed_ + c / 64);
+    if (atomicOr(word, bit) & bit) {
+      add_bytes(to, from, 4 * D);
+    } else {
+      store_bytes(to, from, 4 * D);
     }
+    commit_stores();
   }
 
   /// dq += scale sum: the thread has a pair of every eight columns of its rows.
-  __device__ __forceinline__ void add_to(const Rows<bf16>& dq, const float (&sum)[D / 8][4]) const {
+  __device__ __forceinline__ void add_to_dq(const float (&sum)[D / 8][4]) {
     const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
+    barrier_wait(dq_barrier(), dq_phase_);
+    dq_phase_ ^= 1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head_of_row(i), item_.first + row_[i]);
-      uint32_t* to = reinterpret_cast<uint32_t*>(row) + thread() % 4;
-      uint32_t old[D / 8];
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) old[j] = to[4 * j];
+      const int row = rows_.lane_row(i);
+      char* from = memory_ + Shape::low_at + row * 128 + thread() % 4 * 4;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
-        to[4 * j] = pack(__uint_as_float(old[j] << 16) + scale * sum[j][2 * i],
-                         __uint_as_float(old[j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
+        auto* at = reinterpret_cast<uint32_t*>(from + j / 8 * panel_bytes + (j % 8 ^ row % 8) * 16);
+        const uint32_t old = *at;
+        *at = pack(__uint_as_float(old << 16) + scale * sum[j][2 * i],
+                   __uint_as_float(old & 0xffff0000u) + scale * sum[j][2 * i + 1]);
       }
     }
+    show_to_engines();
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      store_panel(dq_, shared_ + Shape::low_at + panel * panel_bytes, panel * 64,
+                  item_.r * p_.route.g, item_.first, item_.b);
+    }
+    commit_stores();
   }
 
   const HopperRouteBackward& p_;
+  const CUtensorMap &q_, &dq_;
   char* const memory_;
   const uint32_t shared_;
   int* const list_;         // the pack's chunks, ascending, then M
+  double* const taus_;      // by row; of two row tiles
   const RowTile dw_;        // by query and place in the list
+  uint64_t* const unions_;  // by tile; of two row tiles
   uint64_t* const summed_;  // by tile: the chunks that have sums
   const int head_, part_;   // head: kv head and batch
   RouteRows<D> rows_;
-  uint32_t phase_ = 0;  // of the barrier of q
+  uint32_t phase_ = 0, dq_phase_ = 0;  // of the barriers; the former of what is of two row tiles
 
   // Of the row tile.
   int count_;  // queries
   RouteItem item_;
-  const uint64_t* union_;
   int row_[2];  // queries of the thread's rows, from the first on; 0 where they do not route
   float threshold_[2], centre_[2];
 };
 
+/// The x-th row tile of a part, or, after its last, as many as there are.
+__device__ int row_tile_of(const HopperRouteBackward& p, int part, int x) {
+  if (x == 2 * p.run) return p.row_tiles;
+  return x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
+}
+
 /// Grid: parts times kv heads and batch.
 template <int D>
 __global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
-    gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ HopperRouteBackward p,
-              const Rows<bf16> dq) {
+    gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap dq,
+              const __grid_constant__ HopperRouteBackward p) {
 #ifdef ENTRAIN_HOPPER
   const uint32_t at = shared_address(dynamic_shared());
   char* const memory = dynamic_shared() + ((at + 1023) / 1024 * 1024 - at);
   const int head = static_cast<int>(blockIdx.x) % p.heads;
   const int part = static_cast<int>(blockIdx.x) / p.heads;
-  QueryRows<D> rows(p, head, part, memory);
+  QueryRows<D> rows(p, q, dq, head, part, memory);
   by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) {
+    int row_tile = row_tile_of(p, part, 0);
+    rows.begin(row_tile);
 #pragma unroll 1
-    for (int x = 0; x < 2 * p.run; ++x) {
-      const int row_tile = x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
-      if (row_tile < p.row_tiles) rows.take(row_tile, q, entmax, dq);
+    for (int x = 1; row_tile < p.row_tiles; ++x) {
+      const int next = row_tile_of(p, part, x);
+      rows.take(row_tile, next, entmax);
+      row_tile = next;
     }
   });
-  rows.put_summed();
+  rows.end();
 #endif
 }
 
@@ -409,7 +500,7 @@ struct BackwardScratch {
     const int64_t parts = int64_t{p.heads} * p.parts;
     unions = Summaries::scratch(kbar) * int64_t{sizeof(double)};
     summed = unions + 8 * int64_t{p.heads} * p.row_tiles * p.tiles;
-    sums = summed + 8 * parts * p.tiles;
+    sums = summed + ceil_div(8 * parts * p.tiles, 16) * 16;
     bytes = sums + 4 * parts * kbar[2] * kbar[3];
   }
 };
@@ -426,7 +517,9 @@ int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar) {
 bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                            const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
                            const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch) {
-  if (!hopper_route_takes(q, kbar, routing)) return false;
+  if (!hopper_route_takes(q, kbar, routing) || !hopper_route_takes(dq_sum, kbar, routing)) {
+    return false;
+  }
   HopperRouteBackward p = backward_sizes(q.shape, kbar.shape);
   const BackwardScratch at(p, kbar.shape);
   char* memory = reinterpret_cast<char*>(pointer<double>(scratch));
@@ -442,11 +535,12 @@ bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRoutin
   p.sums = reinterpret_cast<float*>(memory + at.sums);
   hopper_route_dw(p);
   by_dense_head_dim(p.route.D, [&](auto D) {
-    launch(
-        "route_backward", gradients<D>, int64_t{p.heads} * p.parts, threads,
-        Layout<D>::shared_bytes(p.route.queries, p.tiles),
-        packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, D, p.route.g, p.route.queries),
-        p, Rows<bf16>(dq_sum));
+    const auto map = [&](const Tensor& x) {
+      return packed_map(Rows<bf16>(x), p.route.B, p.route.Hq, p.route.N, D, p.route.g,
+                        p.route.queries);
+    };
+    launch("route_backward", gradients<D>, int64_t{p.heads} * p.parts, threads,
+           Layout<D>::shared_bytes(p.route.queries, p.tiles), map(q), map(dq_sum), p);
   });
   const int64_t total = int64_t{p.heads} * p.route.M * p.route.D;
   launch("route_backward: sums", sum_parts, ceil_div(total, 256), 256, 0, p, total,
