@@ -257,8 +257,8 @@ struct Block {
   /// Right operand of a b, rows [16 step, 16 step + 16): its panels are panel_bytes apart.
   __device__ uint64_t columns(int step) const { return descriptor(panel_bytes, step * 2048); }
   /// A warp's 16 rows from `row` on, columns [16 step, 16 step + 16), as a left operand.
-  __device__ void left(Fragment& to, int row, int step) const {
-    const uint32_t lane = threadIdx.x % 32, r = row + lane % 16;
+  __device__ void left(Fragment& to, int row, int step, uint32_t thread = threadIdx.x) const {
+    const uint32_t lane = thread % 32, r = row + lane % 16;
     const uint32_t chunk = (step % 4 * 2 + lane / 16) ^ r % 8;
     load_matrices(to, address + step / 4 * panel_bytes + r * 128 + chunk * 16);
   }

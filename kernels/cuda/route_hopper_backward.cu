@@ -79,6 +79,7 @@ class QueryRows {
         summed_(unions_ + 2 * p.tiles),
         head_(head),
         part_(part),
+        scale_(static_cast<float>(p.route.alpha_gamma[1] / sqrt(static_cast<double>(D)))),
         rows_(p.route) {
     item_ = {head / p.route.Hkv, head % p.route.Hkv, 0, p.route.first_tile(), 0};
     if (threadIdx.x == 0) {
@@ -157,6 +158,9 @@ class QueryRows {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
   }
+  __device__ static int lane_row(int i) {
+    return RouteRows<D>::lane_row(i, thread());
+  }
   __device__ uint32_t barrier() const {
     return shared_ + Shape::barriers_at;
   }
@@ -211,11 +215,11 @@ class QueryRows {
     count_ = min(p_.route.queries, p_.route.N - first);
     item_.first = first;
     item_.end = p_.route.end_tile(first + count_ - 1);
-    rows_.place(p_.route, first, count_);
+    rows_.place(p_.route, first, count_, thread());
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
-      const double tau = taus_[phase_ * block_rows + rows_.lane_row(i)];
+      row_[i] = rows_.routes(i) ? lane_row(i) / p_.route.g : 0;
+      const double tau = taus_[phase_ * block_rows + lane_row(i)];
       threshold_[i] = static_cast<float>(tau);
     }
   }
@@ -256,13 +260,16 @@ class QueryRows {
   __device__ __forceinline__ void copy(bool rounded) const {
     const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
     const bf16* from = p_.summaries + head_ * p_.elements_of_head();
+    constexpr int pieces = D / 8, rows = threads / pieces;  // a row's; at a time, whole swizzles
+    const int piece = thread() % pieces, first = thread() / pieces;
+    uint32_t to = shared_ + Shape::parts_at + piece / 8 * panel_bytes + first * 128 +
+                  (piece % 8 ^ first % 8) * 16;
+    from += 8 * piece;
 #pragma unroll 2
-    for (int x = thread(); x < 64 * D / 8; x += threads) {
-      const int row = x / (D / 8), piece = x % (D / 8), c = list_[row];
+    for (int row = first; row < 64; row += rows, to += rows * 128) {
+      const int c = list_[row];
       const bool is = c < p_.route.M;
-      const bf16* source = from + int64_t{c} * D + 8 * piece;
-      const uint32_t to = shared_ + Shape::parts_at + piece / 8 * panel_bytes + row * 128 +
-                          (piece % 8 ^ row % 8) * 16;
+      const bf16* source = from + int64_t{c} * D;
       copy_async<16>(to, source, is);
       copy_async<16>(to + Shape::block_bytes, source + step, is);
       if (rounded) copy_async<16>(to - Shape::block_bytes, source + 2 * step, is);
@@ -279,7 +286,7 @@ class QueryRows {
   /// s = p^(2 - alpha) of what was copied.
   template <class Entmax>
   __device__ __forceinline__ void weigh(float (&s)[8][4], const Entmax& entmax) {
-    rows_.load(Block{shared_});  // anew: sums have their registers meanwhile
+    rows_.load(Block{shared_}, thread());  // anew: sums have their registers meanwhile
     wait_copies();
     show_to_engines();
     __syncthreads();
@@ -335,7 +342,7 @@ class QueryRows {
     if (ends && threadIdx.x == 0) {
       copy_rows<D>(Block{shared_ + Shape::low_at}, dq_, dq_barrier(), p_.route, item_, item_.first);
     }
-    put_rounded(s, memory_ + Shape::parts_at);
+    put_rounded(s, memory_ + Shape::parts_at, thread());
     show_to_engines();
     __syncthreads();
     float columns[D / 8][4];
@@ -359,7 +366,7 @@ class QueryRows {
   __device__ __forceinline__ void add_to_part(const float (&sum)[D / 8][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = rows_.lane_row(i);
+      const int row = lane_row(i);
       if (list_[row] == p_.route.M) continue;
       float2* to = reinterpret_cast<float2*>(memory_ + Shape::sums_at + row * Shape::sum_step) +
                    thread() % 4;
@@ -383,22 +390,21 @@ class QueryRows {
     commit_stores();
   }
 
-  /// dq += scale sum: the thread has a pair of every eight columns of its rows.
+  /// dq += scale sum; the thread has a pair of every eight columns of its rows.
   __device__ __forceinline__ void add_to_dq(const float (&sum)[D / 8][4]) {
-    const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
     barrier_wait(dq_barrier(), dq_phase_);
     dq_phase_ ^= 1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (!rows_.routes(i)) continue;
-      const int row = rows_.lane_row(i);
+      const int row = lane_row(i);
       char* from = memory_ + Shape::low_at + row * 128 + thread() % 4 * 4;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
         auto* at = reinterpret_cast<uint32_t*>(from + j / 8 * panel_bytes + (j % 8 ^ row % 8) * 16);
         const uint32_t old = *at;
-        *at = pack(__uint_as_float(old << 16) + scale * sum[j][2 * i],
-                   __uint_as_float(old & 0xffff0000u) + scale * sum[j][2 * i + 1]);
+        *at = pack(__uint_as_float(old << 16) + scale_ * sum[j][2 * i],
+                   __uint_as_float(old & 0xffff0000u) + scale_ * sum[j][2 * i + 1]);
       }
     }
     show_to_engines();
@@ -422,6 +428,7 @@ class QueryRows {
   uint64_t* const unions_;  // by tile; of two row tiles
   uint64_t* const summed_;  // by tile: the chunks that have sums
   const int head_, part_;   // head: kv head and batch
+  const float scale_;
   RouteRows<D> rows_;
   uint32_t phase_ = 0, dq_phase_ = 0;  // of the barriers; the former of what is of two row tiles
 

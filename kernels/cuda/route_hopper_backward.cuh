@@ -49,8 +49,7 @@ struct HopperRouteBackward {
 void hopper_route_dw(const HopperRouteBackward& p);
 
 /// Writes an accumulator, rounded, to a block of one panel.
-__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {
-  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to, int thread) {
   const int row = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
