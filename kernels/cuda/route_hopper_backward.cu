@@ -33,18 +33,19 @@ constexpr int threads = warpgroup;
 /// Shared memory: the rows of q; of a pack, three parts of summaries, chunks and dw; of this row
 /// tile and the next, thresholds and unions; barriers of q and dq; which chunks have sums. Once a
 /// pack's scores are known, dz takes the place of the high parts and dq's rows that of the low
-/// ones; once dz has been used, sums for dkbar take its place and what lies before it.
+/// ones; sums for dkbar take the place of the rounded parts, with what lies before them, and, of
+/// the second panel, dz's.
 template <int D>
 struct Layout {
   static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int sum_step = 4 * D + 32;  // bytes; pairs of four rows in different banks
+  static constexpr int sum_step = 256 + 32;  // bytes; pairs of four rows in different banks
   static constexpr int sums_at = block_bytes, rounded_at = sums_at + 2048;
   static constexpr int parts_at = rounded_at + block_bytes, low_at = parts_at + block_bytes;
   static constexpr int list_at = low_at + block_bytes;
   static constexpr int barriers_at = list_at + 64 * 4;
   static constexpr int taus_at = barriers_at + 16, dw_at = taus_at + 2 * block_rows * 8;
-  static_assert(sums_at + block_rows * sum_step == low_at);
+  static_assert(sums_at + block_rows * sum_step <= (D == 64 ? low_at : parts_at));
 
   __host__ __device__ static int unions_at(int queries) {
     return dw_at + queries * RowTile::step * 4;
@@ -115,8 +116,8 @@ class QueryRows {
     Pack pack = find(from);
     copy_numbers(next, phase_ ^ 1);
     if (pack.count == 0) return skip(next);
-    float total[2] = {0, 0}, weighted[2] = {0, 0}, sum[D / 8][4] = {};
-    pin(sum);
+    float total[2] = {0, 0}, weighted[2] = {0, 0};
+    volatile float sum[D / 8][4];  // of dq, from pack to pack; scores have its registers
 #pragma unroll 1
     for (;;) {
       copy(pack.end == item_.end || last >= 0);
@@ -134,13 +135,12 @@ class QueryRows {
       }
       if (last >= 0) {
         const bool ends = from == last;
-        add_gradients(sum, s, ends, next);
+        add_gradients(s, sum, pack.begin == last, ends, next);
         if (ends) break;
       }
       pack = find(from);
     }
     phase_ ^= 1;
-    add_to_dq(sum);
   }
 
   /// For who adds parts up.
@@ -324,10 +324,12 @@ class QueryRows {
     }
   }
 
-  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums. ends: it is the row tile's
-  /// last; dq's rows and the next row tile's queries are then asked for.
-  __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4], bool ends,
-                                                int next) const {
+  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums. starts, ends: it is the first
+  /// or the last of the row tile's; with the last, sum is added to dq, and the next row tile's
+  /// queries are asked for.
+  __device__ __forceinline__ void add_gradients(float (&s)[8][4],
+                                                volatile float (&sum_before)[D / 8][4], bool starts,
+                                                bool ends, int next) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -345,48 +347,92 @@ class QueryRows {
     put_rounded(s, memory_ + Shape::parts_at, thread());
     show_to_engines();
     __syncthreads();
-    float columns[D / 8][4];
-    const Block dz{shared_ + Shape::parts_at}, kbar{shared_ + Shape::rounded_at}, q{shared_};
+    const Block dz{shared_ + Shape::parts_at}, kbar{shared_ + Shape::rounded_at};
+    float sum[D / 8][4];
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[j][e] = starts ? 0 : sum_before[j][e];
+    }
     products_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      product_of_columns(columns, dz.columns(step), q.columns(step), step > 0);
       product_with_columns(sum, dz.rows(step), kbar.columns(step), true);
     }
-    products_commit();
+    multiply_columns(s, dz, 0);
     products_wait<0>();
-    pin(columns);
     pin(sum);
-    __syncthreads();  // all have theirs
-    if (ends) copy_q(next);
-    add_to_part(columns);
+    pin(s);
+    if (ends) {
+      add_to_dq(sum);
+    } else {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum_before[j][e] = sum[j][e];
+      }
+    }
+    __syncthreads();  // kbar is done with, dq's rows are complete
+    if (ends) store_dq();
+    const Place place = take_place();
+    if constexpr (D == 128) {
+      float second[8][4];
+      products_fence();
+      multiply_columns(second, dz, 1);
+      add_to_part(s, place, 0);
+      products_wait<0>();
+      pin(second);
+      __syncthreads();  // so is dz
+      if (ends) copy_q(next);
+      add_to_part(second, place, 1);
+    } else {
+      if (ends) copy_q(next);
+      add_to_part(s, place, 0);
+    }
   }
-  /// Rows are places in the list; a warp has 16 of them, and a lane sends one on its way. Where a
-  /// chunk has no sums yet, these are its first.
-  __device__ __forceinline__ void add_to_part(const float (&sum)[D / 8][4]) const {
+  /// Starts dz^T q of a panel of q.
+  __device__ __forceinline__ void multiply_columns(float (&sum)[8][4], Block dz, int panel) const {
+    const Block q{shared_ + panel * panel_bytes};
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      product_of_columns(sum, dz.columns(step), q.columns(step), step > 0);
+    }
+    products_commit();
+  }
+  /// The chunk whose sums a lane sends on their way: of the 16 places in the list that are rows of
+  /// its warp's. Where it has no sums yet, these are its first.
+  struct Place {
+    int chunk;
+    bool adds;
+  };
+  __device__ Place take_place() const {
+    const int lane = thread() % 32;
+    const int c = lane < 16 ? list_[thread() / 32 * 16 + lane] : p_.route.M;
+    if (c == p_.route.M) return {c, false};
+    const uint64_t bit = uint64_t{1} << c % 64;
+    auto* word = reinterpret_cast<unsigned long long*>(summed_ + c / 64);
+    return {c, (atomicOr(word, bit) & bit) != 0};
+  }
+  /// Adds a panel's.
+  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], const Place& place,
+                                              int panel) const {
+    const int at = panel == 0 ? Shape::sums_at : Shape::parts_at;
+    const int step = panel == 0 ? Shape::sum_step : 256;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = lane_row(i);
       if (list_[row] == p_.route.M) continue;
-      float2* to = reinterpret_cast<float2*>(memory_ + Shape::sums_at + row * Shape::sum_step) +
-                   thread() % 4;
+      float2* to = reinterpret_cast<float2*>(memory_ + at + row * step) + thread() % 4;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j) to[4 * j] = make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
+      for (int j = 0; j < 8; ++j) to[4 * j] = make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
     }
     show_to_engines();
     __syncwarp();
-    const int lane = thread() % 32, row = thread() / 32 * 16 + lane;
-    const int c = lane < 16 ? list_[row] : p_.route.M;
-    if (c == p_.route.M) return;
-    float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + int64_t{c} * D;
-    const uint32_t from = shared_ + Shape::sums_at + row * Shape::sum_step;
-    const uint64_t bit = uint64_t{1} << c % 64;
-    auto* word = reinterpret_cast<unsigned long long*>(summed_ + c / 64);
-    if (atomicOr(word, bit) & bit) {
-      add_bytes(to, from, 4 * D);
-    } else {
-      store_bytes(to, from, 4 * D);
-    }
+    if (place.chunk == p_.route.M) return;
+    float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() +
+                int64_t{place.chunk} * D + 64 * panel;
+    const uint32_t from = shared_ + at + (thread() / 32 * 16 + thread() % 32) * step;
+    place.adds ? add_bytes(to, from, 256) : store_bytes(to, from, 256);
     commit_stores();
   }
 
@@ -408,7 +454,8 @@ class QueryRows {
       }
     }
     show_to_engines();
-    __syncthreads();
+  }
+  __device__ __forceinline__ void store_dq() const {
     if (threadIdx.x != 0) return;
 #pragma unroll
     for (int panel = 0; panel < D / 64; ++panel) {
