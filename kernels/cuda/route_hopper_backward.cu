@@ -517,20 +517,30 @@ __global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
 #endif
 }
 
-/// dkbar = scale times the parts' sums, in order; 0 where nobody routes.
-__global__ void __launch_bounds__(256)
-    sum_parts(const __grid_constant__ HopperRouteBackward p, int64_t total, double* dkbar) {
-  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (x >= total) return;
+/// dkbar = scale times the parts' sums, in order; 0 where nobody routes. A thread block takes 64
+/// elements, four threads each with a quarter of the parts.
+constexpr int summed_elements = 64, quarters = 4;
+
+__global__ void __launch_bounds__(summed_elements* quarters)
+    sum_parts(const __grid_constant__ HopperRouteBackward p, double* dkbar) {
+  __shared__ double sums[quarters][summed_elements];
+  const int column = static_cast<int>(threadIdx.x) % summed_elements;
+  const int quarter = static_cast<int>(threadIdx.x) / summed_elements;
+  const int64_t x = int64_t{blockIdx.x} * summed_elements + column;  // D is a multiple of 64
   const int64_t row = x / p.route.D, step = p.elements_of_head();
   const int head = static_cast<int>(row / p.route.M), c = static_cast<int>(row % p.route.M);
   const float* from = p.sums + p.part_of(head, 0) * step + x % step;
   const uint64_t* summed = p.summed + p.part_of(head, 0) * p.tiles + c / 64;
+  const int share = (p.parts + quarters - 1) / quarters;
   double sum = 0;
 #pragma unroll 16
-  for (int part = 0; part < p.parts; ++part) {
+  for (int part = quarter * share; part < min((quarter + 1) * share, p.parts); ++part) {
     sum += summed[part * p.tiles] >> c % 64 & 1 ? from[part * step] : 0;
   }
+  sums[quarter][column] = sum;
+  __syncthreads();
+  if (quarter > 0) return;
+  for (int i = 1; i < quarters; ++i) sum += sums[i][column];
   dkbar[x] = p.route.alpha_gamma[1] / sqrt(static_cast<double>(p.route.D)) * sum;
 }
 
@@ -597,8 +607,8 @@ bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRoutin
            Layout<D>::shared_bytes(p.route.queries, p.tiles), map(q), map(dq_sum), p);
   });
   const int64_t total = int64_t{p.heads} * p.route.M * p.route.D;
-  launch("route_backward: sums", sum_parts, ceil_div(total, 256), 256, 0, p, total,
-         pointer<double>(dkbar));
+  launch("route_backward: sums", sum_parts, total / summed_elements, summed_elements * quarters, 0,
+         p, pointer<double>(dkbar));
   return true;
 }
 

@@ -19,6 +19,13 @@ namespace {
 
 constexpr int warps = 4, threads = 32 * warps;
 
+/// What a lane has of four tiles: of each half of them a chunk.
+struct Chunks {
+  static constexpr int tiles = 4;
+  bool routed[2 * tiles];
+  float l[2 * tiles], d[2 * tiles];  // sigma bias in base 2, D; off the support -infinity, 0
+};
+
 /// dw of a query, in D's place; off the support D, which is 0 or of forced blocks, stays.
 __device__ void put_weight_gradients(const HopperRouteBackward& p, int64_t at, int query) {
   const DashRouting& routing = p.route.routing;
@@ -27,46 +34,61 @@ __device__ void put_weight_gradients(const HopperRouteBackward& p, int64_t at, i
   const auto sharpen = static_cast<float>(routing.sigma * 1.4426950408889634);
   const float* const bias = p.bias + at * p.route.M;
   float* const sums = p.dbias + at * p.route.M;
-  // Calls f(sigma bias in base 2, D, where it is) for the lane's chunks of the support. Lanes read
-  // again what they read before.
+  // Calls f(words, tile) where the four tiles from `tile` on are not off the support; words: theirs
+  // are lanes' tile - begin and the next ones', modulo 32.
   const auto for_support = [&](auto f) {
-    constexpr int batch = 4;  // tiles at a time
-    for (int tile = begin; tile < end; tile += batch) {
-      uint32_t routed[2 * batch];
-      float l[2 * batch], d[2 * batch];
-#pragma unroll
-      for (int x = 0; x < batch; ++x) {
-        const uint64_t word = tile + x < end ? p.support(at, query, tile + x) : 0;
-        routed[2 * x] = static_cast<uint32_t>(word) >> lane & 1;
-        routed[2 * x + 1] = static_cast<uint32_t>(word >> 32) >> lane & 1;
-      }
-#pragma unroll
-      for (int x = 0; x < 2 * batch; ++x) {
-        const int c = 64 * tile + 32 * x + lane;
-        l[x] = routed[x] ? sharpen * bias[c] : 0;
-        d[x] = routed[x] ? sums[c] : 0;
-      }
-#pragma unroll
-      for (int x = 0; x < 2 * batch; ++x) {
-        if (routed[x]) f(l[x], d[x], sums + 64 * tile + 32 * x + lane);
+    for (int from = begin; from < end; from += 32) {
+      const uint64_t words = from + lane < end ? p.support(at, query, from + lane) : 0;
+      const uint32_t any = __ballot_sync(~0u, words != 0);
+      for (int x = 0; x < 32; x += Chunks::tiles) {
+        if (any >> x & ((1u << Chunks::tiles) - 1)) f(words, from + x);
       }
     }
   };
+  const auto load = [&](uint64_t words, int tile) {
+    Chunks chunks;
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      const auto half = static_cast<uint32_t>(words >> 32 * (x % 2));
+      chunks.routed[x] = __shfl_sync(~0u, half, tile - begin + x / 2) >> lane & 1;
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      const int c = 64 * tile + 32 * x + lane;
+      chunks.l[x] = chunks.routed[x] ? sharpen * bias[c] : -INFINITY;
+      chunks.d[x] = chunks.routed[x] ? sums[c] : 0;
+    }
+    return chunks;
+  };
+  Chunks chunks = {};
   float powers = 0, sum = 0;
   int size = 0;
-  for_support([&](float l, float d, float*) {
-    powers += power_of_2(l);
-    sum += d;
-    ++size;
+  for_support([&](uint64_t words, int tile) {
+    chunks = load(words, tile);
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      powers += power_of_2(chunks.l[x]);
+      sum += chunks.d[x];
+      size += chunks.routed[x];
+    }
   });
   powers = warp_sum(powers);
   sum = warp_sum(sum);
-  const auto support = static_cast<float>(warp_sum(size));
+  const auto support = static_cast<float>(__reduce_add_sync(~0u, size));
   const float mean = routing.center && support > 0 ? sum / support : 0;
   const auto sigma_g = static_cast<float>(routing.sigma * p.route.g);
   const auto eps = static_cast<float>(routing.prior_eps);
   const float share = powers / ((1 + support * eps) * sigma_g);
-  for_support([&](float l, float d, float* to) { *to = share * power_of_2(-l) * (d - mean); });
+  const auto put = [&](const Chunks& of, int tile) {
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      if (of.routed[x]) {
+        sums[64 * tile + 32 * x + lane] = share * power_of_2(-of.l[x]) * (of.d[x] - mean);
+      }
+    }
+  };
+  if (end - begin <= Chunks::tiles) return put(chunks, begin);
+  for_support([&](uint64_t words, int tile) { put(load(words, tile), tile); });
 }
 
 /// The union of what the queries [first, first + count) route to.
