@@ -372,23 +372,22 @@ class QueryRows {
         for (int e = 0; e < 4; ++e) sum_before[j][e] = sum[j][e];
       }
     }
-    __syncthreads();  // kbar is done with, dq's rows are complete
-    if (ends) store_dq();
-    const Place place = take_place();
+    __syncthreads();     // kbar is done with, dq's rows are complete
+    float second[8][4];  // panel
     if constexpr (D == 128) {
-      float second[8][4];
       products_fence();
       multiply_columns(second, dz, 1);
-      add_to_part(s, place, 0);
+    }
+    if (ends) store_dq();
+    const Place place = take_place();
+    add_to_part(s, place, 0);
+    if constexpr (D == 128) {
       products_wait<0>();
       pin(second);
-      __syncthreads();  // so is dz
-      if (ends) copy_q(next);
+      __syncthreads();  // dz is done with
       add_to_part(second, place, 1);
-    } else {
-      if (ends) copy_q(next);
-      add_to_part(s, place, 0);
     }
+    if (ends) copy_q(next);
   }
   /// Starts dz^T q of a panel of q.
   __device__ __forceinline__ void multiply_columns(float (&sum)[8][4], Block dz, int panel) const {
@@ -428,12 +427,14 @@ class QueryRows {
     }
     show_to_engines();
     __syncwarp();
-    if (place.chunk == p_.route.M) return;
-    float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() +
-                int64_t{place.chunk} * D + 64 * panel;
-    const uint32_t from = shared_ + at + (thread() / 32 * 16 + thread() % 32) * step;
-    place.adds ? add_bytes(to, from, 256) : store_bytes(to, from, 256);
-    commit_stores();
+    if (place.chunk != p_.route.M) {
+      float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() +
+                  int64_t{place.chunk} * D + 64 * panel;
+      const uint32_t from = shared_ + at + (thread() / 32 * 16 + thread() % 32) * step;
+      place.adds ? add_bytes(to, from, 256) : store_bytes(to, from, 256);
+      commit_stores();
+    }
+    __syncwarp();
   }
 
   /// dq += scale sum; the thread has a pair of every eight columns of its rows.
@@ -564,7 +565,7 @@ struct BackwardScratch {
     const int64_t parts = int64_t{p.heads} * p.parts;
     unions = Summaries::scratch(kbar) * int64_t{sizeof(double)};
     summed = unions + 8 * int64_t{p.heads} * p.row_tiles * p.tiles;
-    sums = summed + ceil_div(8 * parts * p.tiles, 16) * 16;
+    sums = ceil_div(summed + 8 * parts * p.tiles, 16) * 16;
     bytes = sums + 4 * parts * kbar[2] * kbar[3];
   }
 };
