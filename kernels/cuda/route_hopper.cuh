@@ -129,10 +129,10 @@ class RouteRows {
     return thread / 32 * 16 + i * 8 + thread % 32 / 4;
   }
   /// Takes the rows of queries [first, first + count).
-  __device__ void place(const HopperRoute& p, int first, int count, uint32_t thread = threadIdx.x) {
+  __device__ void place(const HopperRoute& p, int first, int count) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int query = lane_row(i, thread) / p.g;
+      const int query = lane_row(i) / p.g;
       end[i] = query < count ? p.end(first + query) : init_;
     }
   }

@@ -5,21 +5,23 @@
 // their unions, 64 at a time, a pack, and takes
 //
 //   sweep 1: z -> s, registers; of rows, the sums of s and s dw -> centre = sum s dw / sum s
-//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16, registers and shared
-//            -> dq += dz kbar, registers; dz^T q, registers -> added to the part's sums, in L2
+//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16, shared
+//            -> dq += dz kbar, registers, to rows in shared memory that come and go by TMA;
+//            dz^T q -> shared, from where the copy engine adds it to the part's sums, in L2
 //
 // Mostly one pack is all: each score is then computed once. A block's row tiles are its part of
-// dkbar, whose sums no other block adds to; a last kernel adds parts up, in order. The thread
-// blocks of a multiprocessor, three or four, overlap what each waits for. Their registers do not
-// hold all that stays the same from row tile to row tile: each loads about 60 words of it.
+// dkbar, whose sums no other block adds to, nor it before it has added the last; a last kernel adds
+// parts up, in order. What is long in coming is asked for early: thresholds, unions and queries
+// while the row tile before is computed, dq while products run; for the rest, the thread blocks of
+// a multiprocessor, three or four, overlap what each waits for. What the compiler would keep from
+// row tile to row tile is computed anew, as it has no registers for it: a dozen words are spilled.
 //
 // Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 at density 0.125: 8192 row tiles, of
 // whose pack neighbours that look alike fill about 24 rows of 64; 8 D operations for each of its
 // 4096 pairs, 3.4e10, 35 us at 989 TFLOP/s; from and to L2 24 rows of 768 bytes of summaries and of
-// 1 KB of sums, q and dq, 90 KB a row tile in all: 0.74 GB, 0.13 ms; about 1300 instructions a
-// warp, 50 us beside both. Expected: 0.16 ms. Before, three sweeps over all candidates, of which
-// the first was for the rows' largest entries and the second for the weights, took 0.64 ms for dq,
-// and one more for dkbar 0.19 ms.
+// 512 of sums, q and dq, 80 KB a row tile in all: 0.65 GB, 0.12 ms; about 2300 instructions a warp,
+// 85 us beside both. Expected: 0.25 ms. Before, with thresholds, unions, q, dq and sums each read
+// when it was needed, it took 0.56 ms.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -31,10 +33,10 @@ namespace {
 constexpr int threads = warpgroup;
 
 /// Shared memory: the rows of q; of a pack, three parts of summaries, chunks and dw; of this row
-/// tile and the next, thresholds and unions; barriers of q and dq; which chunks have sums. Once a
-/// pack's scores are known, dz takes the place of the high parts and dq's rows that of the low
-/// ones; sums for dkbar take the place of the rounded parts, with what lies before them, and, of
-/// the second panel, dz's.
+/// tile and the next, numbers of rows and unions; barriers of q and dq; which chunks have sums.
+/// Once a pack's scores are known, dz takes the place of the high parts and dq's rows that of the
+/// low ones; sums for dkbar take the place of the rounded parts, with what lies before them, and,
+/// of the second panel, dz's.
 template <int D>
 struct Layout {
   static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
@@ -44,7 +46,8 @@ struct Layout {
   static constexpr int parts_at = rounded_at + block_bytes, low_at = parts_at + block_bytes;
   static constexpr int list_at = low_at + block_bytes;
   static constexpr int barriers_at = list_at + 64 * 4;
-  static constexpr int taus_at = barriers_at + 16, dw_at = taus_at + 2 * block_rows * 8;
+  static constexpr int taus_at = barriers_at + 16, ends_at = taus_at + 2 * block_rows * 8;
+  static constexpr int dw_at = ends_at + 2 * block_rows * 8;
   static_assert(sums_at + block_rows * sum_step <= (D == 64 ? low_at : parts_at));
 
   __host__ __device__ static int unions_at(int queries) {
@@ -75,6 +78,7 @@ class QueryRows {
         shared_(uniform(static_cast<int>(shared_address(memory)))),
         list_(reinterpret_cast<int*>(memory + Shape::list_at)),
         taus_(reinterpret_cast<double*>(memory + Shape::taus_at)),
+        ends_(reinterpret_cast<int2*>(memory + Shape::ends_at)),
         dw_(memory + Shape::dw_at),
         unions_(reinterpret_cast<uint64_t*>(memory + Shape::unions_at(p.route.queries))),
         summed_(unions_ + 2 * p.tiles),
@@ -172,8 +176,8 @@ class QueryRows {
     return unions_ + phase * p_.tiles;
   }
 
-  /// Starts copies of a row tile's thresholds and union, and has the second-level cache read its
-  /// rows.
+  /// Puts a row tile's numbers, starts copies of its thresholds and union, and has the second-level
+  /// cache read its rows.
   __device__ __forceinline__ void copy_numbers(int row_tile, uint32_t phase) const {
     if (row_tile >= p_.row_tiles) return;
     const int first = row_tile * p_.route.queries, row = thread();
@@ -183,6 +187,8 @@ class QueryRows {
       const bool is = query < count;
       copy_async<8>(shared_address(taus_ + phase * block_rows + row),
                     p_.tau + (is ? p_.route.at_row(item_, first + query, head) : 0), is);
+      const int end = is ? p_.route.end(first + query) : p_.route.init();
+      ends_[phase * block_rows + row] = {end, end > p_.route.init() ? query : 0};
     }
     const int end = p_.route.end_tile(first + count - 1);
     const uint64_t* from = p_.union_of(head_, row_tile);
@@ -215,12 +221,12 @@ class QueryRows {
     count_ = min(p_.route.queries, p_.route.N - first);
     item_.first = first;
     item_.end = p_.route.end_tile(first + count_ - 1);
-    rows_.place(p_.route, first, count_, thread());
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      row_[i] = rows_.routes(i) ? lane_row(i) / p_.route.g : 0;
-      const double tau = taus_[phase_ * block_rows + lane_row(i)];
-      threshold_[i] = static_cast<float>(tau);
+      const auto row = phase_ * block_rows + lane_row(i);
+      threshold_[i] = static_cast<float>(taus_[row]);
+      rows_.end[i] = ends_[row].x;
+      row_[i] = ends_[row].y;
     }
   }
 
@@ -472,6 +478,7 @@ class QueryRows {
   const uint32_t shared_;
   int* const list_;         // the pack's chunks, ascending, then M
   double* const taus_;      // by row; of two row tiles
+  int2* const ends_;        // likewise: of candidates; the query, 0 where it does not route
   const RowTile dw_;        // by query and place in the list
   uint64_t* const unions_;  // by tile; of two row tiles
   uint64_t* const summed_;  // by tile: the chunks that have sums
