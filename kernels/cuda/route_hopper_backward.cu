@@ -35,20 +35,20 @@ constexpr int threads = warpgroup;
 /// Shared memory: the rows of q; of a pack, three parts of summaries, chunks and dw; of this row
 /// tile and the next, numbers of rows and unions; barriers of q and dq; which chunks have sums.
 /// Once a pack's scores are known, dz takes the place of the high parts and dq's rows that of the
-/// low ones; sums for dkbar take the place of the rounded parts, with what lies before them, and,
-/// of the second panel, dz's.
+/// low ones; once dz has been used, sums for dkbar take its place and
+/// the rounded parts', with what lies before them.
 template <int D>
 struct Layout {
   static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
   static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int sum_step = 256 + 32;  // bytes; pairs of four rows in different banks
+  static constexpr int sum_step = 4 * D + 32;  // bytes; pairs of four rows in different banks
   static constexpr int sums_at = block_bytes, rounded_at = sums_at + 2048;
   static constexpr int parts_at = rounded_at + block_bytes, low_at = parts_at + block_bytes;
   static constexpr int list_at = low_at + block_bytes;
   static constexpr int barriers_at = list_at + 64 * 4;
   static constexpr int taus_at = barriers_at + 16, ends_at = taus_at + 2 * block_rows * 8;
   static constexpr int dw_at = ends_at + 2 * block_rows * 8;
-  static_assert(sums_at + block_rows * sum_step <= (D == 64 ? low_at : parts_at));
+  static_assert(sums_at + block_rows * sum_step == low_at);
 
   __host__ __device__ static int unions_at(int queries) {
     return dw_at + queries * RowTile::step * 4;
@@ -230,6 +230,10 @@ class QueryRows {
     }
   }
 
+  /// Of the n-th chunk of a pack: the four warps have as many.
+  __device__ static int place_of(int n) {
+    return n % 4 * 16 + n / 4;
+  }
   /// Lists the next chunks of the union, in tiles from `from` on.
   __device__ __forceinline__ Pack find(int from) const {
     const int lane = thread() % 32, bit = thread() % 64, half = thread() / 64;
@@ -249,20 +253,21 @@ class QueryRows {
         const uint64_t bits = __shfl_sync(~0u, word, i);
         const int before = found + __shfl_sync(~0u, up_to, i) - __popcll(bits);
         if (bits >> bit & 1) {
-          list_[before + __popcll(bits & ((uint64_t{1} << bit) - 1))] = 64 * (at + i) + bit;
+          const int n = before + __popcll(bits & ((uint64_t{1} << bit) - 1));
+          list_[place_of(n)] = 64 * (at + i) + bit;
         }
       }
       if (taken > 0) found += __shfl_sync(~0u, up_to, taken - 1);
       at = min(at + taken, item_.end);
     }
-    if (half == 0 && bit >= found) list_[bit] = p_.route.M;  // no such chunk
+    if (half == 0 && bit >= found) list_[place_of(bit)] = p_.route.M;  // no such chunk
     wait_stores_read();
     __syncthreads();
     return {from, at, found};
   }
 
   /// Starts copies of the listed chunks' summaries, of rounded ones where wanted, and of their dw;
-  /// zeros after the last.
+  /// zeros where there is none.
   __device__ __forceinline__ void copy(bool rounded) const {
     const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
     const bf16* from = p_.summaries + head_ * p_.elements_of_head();
@@ -385,15 +390,15 @@ class QueryRows {
       multiply_columns(second, dz, 1);
     }
     if (ends) store_dq();
-    const Place place = take_place();
-    add_to_part(s, place, 0);
     if constexpr (D == 128) {
       products_wait<0>();
       pin(second);
       __syncthreads();  // dz is done with
-      add_to_part(second, place, 1);
     }
     if (ends) copy_q(next);
+    put_sums(s, 0);
+    if constexpr (D == 128) put_sums(second, 1);
+    send_sums();
   }
   /// Starts dz^T q of a panel of q.
   __device__ __forceinline__ void multiply_columns(float (&sum)[8][4], Block dz, int panel) const {
@@ -404,40 +409,35 @@ class QueryRows {
     }
     products_commit();
   }
-  /// The chunk whose sums a lane sends on their way: of the 16 places in the list that are rows of
-  /// its warp's. Where it has no sums yet, these are its first.
-  struct Place {
-    int chunk;
-    bool adds;
-  };
-  __device__ Place take_place() const {
-    const int lane = thread() % 32;
-    const int c = lane < 16 ? list_[thread() / 32 * 16 + lane] : p_.route.M;
-    if (c == p_.route.M) return {c, false};
-    const uint64_t bit = uint64_t{1} << c % 64;
-    auto* word = reinterpret_cast<unsigned long long*>(summed_ + c / 64);
-    return {c, (atomicOr(word, bit) & bit) != 0};
-  }
-  /// Adds a panel's.
-  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], const Place& place,
-                                              int panel) const {
-    const int at = panel == 0 ? Shape::sums_at : Shape::parts_at;
-    const int step = panel == 0 ? Shape::sum_step : 256;
+  /// A panel of sums for dkbar, whose rows are places in the list.
+  __device__ __forceinline__ void put_sums(const float (&sum)[8][4], int panel) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = lane_row(i);
       if (list_[row] == p_.route.M) continue;
-      float2* to = reinterpret_cast<float2*>(memory_ + at + row * step) + thread() % 4;
+      char* at = memory_ + Shape::sums_at + row * Shape::sum_step + panel * 256;
+      float2* to = reinterpret_cast<float2*>(at) + thread() % 4;
 #pragma unroll
       for (int j = 0; j < 8; ++j) to[4 * j] = make_float2(sum[j][2 * i], sum[j][2 * i + 1]);
     }
+  }
+  /// Adds them to the part's: a lane sends one of its warp's 16 rows on its way. Where a chunk has
+  /// no sums yet, these are its first.
+  __device__ __forceinline__ void send_sums() const {
     show_to_engines();
     __syncwarp();
-    if (place.chunk != p_.route.M) {
-      float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() +
-                  int64_t{place.chunk} * D + 64 * panel;
-      const uint32_t from = shared_ + at + (thread() / 32 * 16 + thread() % 32) * step;
-      place.adds ? add_bytes(to, from, 256) : store_bytes(to, from, 256);
+    const int lane = thread() % 32, row = thread() / 32 * 16 + lane;
+    const int c = lane < 16 ? list_[row] : p_.route.M;
+    if (c < p_.route.M) {
+      float* to = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + int64_t{c} * D;
+      const uint32_t from = shared_ + Shape::sums_at + row * Shape::sum_step;
+      const uint64_t bit = uint64_t{1} << c % 64;
+      auto* summed = reinterpret_cast<unsigned long long*>(summed_ + c / 64);
+      if (atomicOr(summed, bit) & bit) {
+        add_bytes(to, from, 4 * D);
+      } else {
+        store_bytes(to, from, 4 * D);
+      }
       commit_stores();
     }
     __syncwarp();
@@ -463,20 +463,22 @@ class QueryRows {
     show_to_engines();
   }
   __device__ __forceinline__ void store_dq() const {
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x == 0) {
 #pragma unroll
-    for (int panel = 0; panel < D / 64; ++panel) {
-      store_panel(dq_, shared_ + Shape::low_at + panel * panel_bytes, panel * 64,
-                  item_.r * p_.route.g, item_.first, item_.b);
+      for (int panel = 0; panel < D / 64; ++panel) {
+        store_panel(dq_, shared_ + Shape::low_at + panel * panel_bytes, panel * 64,
+                    item_.r * p_.route.g, item_.first, item_.b);
+      }
+      commit_stores();
     }
-    commit_stores();
+    __syncwarp();
   }
 
   const HopperRouteBackward& p_;
   const CUtensorMap &q_, &dq_;
   char* const memory_;
   const uint32_t shared_;
-  int* const list_;         // the pack's chunks, ascending, then M
+  int* const list_;         // the pack's chunks, and M where there is none
   double* const taus_;      // by row; of two row tiles
   int2* const ends_;        // likewise: of candidates; the query, 0 where it does not route
   const RowTile dw_;        // by query and place in the list
@@ -494,12 +496,6 @@ class QueryRows {
   float threshold_[2], centre_[2];
 };
 
-/// The x-th row tile of a part, or, after its last, as many as there are.
-__device__ int row_tile_of(const HopperRouteBackward& p, int part, int x) {
-  if (x == 2 * p.run) return p.row_tiles;
-  return x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
-}
-
 /// Grid: parts times kv heads and batch.
 template <int D>
 __global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
@@ -512,11 +508,11 @@ __global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
   const int part = static_cast<int>(blockIdx.x) / p.heads;
   QueryRows<D> rows(p, q, dq, head, part, memory);
   by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) {
-    int row_tile = row_tile_of(p, part, 0);
+    int row_tile = p.row_tile(part, 0);
     rows.begin(row_tile);
 #pragma unroll 1
     for (int x = 1; row_tile < p.row_tiles; ++x) {
-      const int next = row_tile_of(p, part, x);
+      const int next = p.row_tile(part, x);
       rows.take(row_tile, next, entmax);
       row_tile = next;
     }

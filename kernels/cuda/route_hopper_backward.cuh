@@ -41,6 +41,11 @@ struct HopperRouteBackward {
     return unions + (int64_t{head} * row_tiles + row_tile) * tiles;
   }
   __device__ int64_t part_of(int head, int part) const { return int64_t{head} * parts + part; }
+  /// The x-th row tile of a part, or, after its last, as many as there are, or more.
+  __device__ int row_tile(int part, int x) const {
+    if (x == 2 * run) return row_tiles;
+    return x < run ? part * run + x : (2 * parts - 2 - part) * run + x;
+  }
   /// Of summaries, and of a part's sums.
   __device__ int64_t elements_of_head() const { return int64_t{route.M} * route.D; }
 };
