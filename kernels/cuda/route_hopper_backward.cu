@@ -267,7 +267,7 @@ class QueryRows {
   }
 
   /// Starts copies of the listed chunks' summaries, of rounded ones where wanted, and of their dw;
-  /// zeros where there is none.
+  /// of the last two, which products take, zeros where there is none.
   __device__ __forceinline__ void copy(bool rounded) const {
     const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
     const bf16* from = p_.summaries + head_ * p_.elements_of_head();
@@ -281,8 +281,10 @@ class QueryRows {
       const int c = list_[row];
       const bool is = c < p_.route.M;
       const bf16* source = from + int64_t{c} * D;
-      copy_async<16>(to, source, is);
-      copy_async<16>(to + Shape::block_bytes, source + step, is);
+      if (is) {
+        copy_async<16>(to, source, true);
+        copy_async<16>(to + Shape::block_bytes, source + step, true);
+      }
       if (rounded) copy_async<16>(to - Shape::block_bytes, source + 2 * step, is);
     }
     const int column = thread() % 64, c = list_[column];
@@ -359,11 +361,13 @@ class QueryRows {
     show_to_engines();
     __syncthreads();
     const Block dz{shared_ + Shape::parts_at}, kbar{shared_ + Shape::rounded_at};
-    float sum[D / 8][4];
+    float sum[D / 8][4] = {};
+    if (!starts) {
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
+      for (int j = 0; j < D / 8; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[j][e] = starts ? 0 : sum_before[j][e];
+        for (int e = 0; e < 4; ++e) sum[j][e] = sum_before[j][e];
+      }
     }
     products_fence();
 #pragma unroll
