@@ -7,7 +7,8 @@
 // each run of neighbours and 64 columns. Two more warpgroups take turns at the steps, each with its
 // own sums of dk and dv in registers, and at the item's end exchange these, in the shared memory of
 // K and V: the first one then has all of dv, the second one all of dk. The first steps of the next
-// item wait in the ring by then, and its K and V come while these sums are passed on or written.
+// item wait in the ring by then, and its K and V come while these sums are passed on or written, or
+// before where D is 64 and there is room for two items' ones.
 //
 // Segments serve two ends. A tile that all queries attend is no single long chain of steps. And q
 // and dO of a kv head, 4 g D bytes a query, are more than the second-level cache holds (g 16, D
@@ -28,15 +29,14 @@
 // Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
 // operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes and two numbers a
 // row: 4.4 GB from the second-level cache, 0.78 ms at 24 bytes a clock and multiprocessor, which
-// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.38 ms,
-// 2300 clocks a step, when all four warps that copy went through each step together, log sums and
-// deltas came as single words and there were four stages: a third of the others' time went into
-// waiting, the rest was 1500 clocks a step. Expected now: 1.0 ms; at B 4, Hq 16, Hkv 4, D 64,
-// which took 2.19 ms, 1.3.
+// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.14 ms, a
+// quarter more when all four warps that copy went through each step together, and 2.1 ms at B 4,
+// Hq 16, Hkv 4, D 64. There the fillers set the pace: of the 3700 clocks that one took for a step,
+// more than half went into its copies, each in a loop over threads (elected() in hopper.cuh), and
+// products would have taken 950 a step. Expected now: 1.0 ms and 1.3 ms.
 //
-// At D 128 registers are short: what a computing thread needs at an item's end, or in steps that
-// see a part of the tile, is spilled. (8 registers more for those who copy, and the products'
-// registers no longer suffice for them to run beside the program.)
+// At D 128 registers are short: with 8 more for those who copy, the products' ones no longer
+// suffice for them to run beside the program.
 #include "kernels/cuda/attention_sparse_steps.cuh"
 
 namespace entrain::cuda {
@@ -131,9 +131,9 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
   }
   for (;; own.next()) {
     own.wait_full();
-    const int n = memory.items[0];
+    const int n = memory.items[own.stage];
     if (n < 0) return;
-    const OwnBlock<D, false> k(memory.k()), v(memory.v());
+    const OwnBlock<D, false> k(memory.k(own.stage)), v(memory.v(own.stage));
 
     float dk_sum[D / 8][4] = {}, dv_sum[D / 8][4] = {};
     pin(dk_sum);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
         finish();  // the copies that are waited for may wait for that stage
         ring.wait_full();
       }
-      const int stage = uniform(ring.stage), dout_stage = uniform(douts.stage);
+      const int stage = ring.stage, dout_stage = douts.stage;
       const Step& step = memory.steps[stage];
       if (step.kind == Step::end) break;
       const uint32_t log_sums = shared_address(step.log_sums + lane_column);
@@ -187,14 +187,14 @@ __device__ __forceinline__ void add_items(const Work& w, int mine, Memory<D>& me
     warp_arrive(ring.empty(ring.stage));
     next_turn();
 
-    float4 *first = memory.room(0), *second = memory.room(1);
+    float4 *first = memory.room(2 * own.stage), *second = memory.room(2 * own.stage + 1);
     if (mine == 0) {
       exchange(dk_sum, dv_sum, first, second);
     } else {
       exchange(dv_sum, dk_sum, second, first);
     }
     show_to_engines();  // the next keys and values come after what was exchanged there
-    warp_arrive(own.empty(0));
+    warp_arrive(own.empty(own.stage));
     if (mine == 0) {
       pass_on(w, n, 0, dv_sum);
     } else {
@@ -215,13 +215,14 @@ __global__ void __launch_bounds__(threads, 1)
     barrier_init_done();
   }
   // What a step has beside its queries' rows stays zeros.
+  constexpr int own_blocks = 2 * Memory<D>::own_stages;
   for (int i = static_cast<int>(threadIdx.x);
-       i < Memory<D>::barriers_at / 16 - 2 * Memory<D>::block_bytes / 16; i += threads) {
-    memory.room(2)[i] = {0, 0, 0, 0};
+       i < (Memory<D>::barriers_at - own_blocks * Memory<D>::block_bytes) / 16; i += threads) {
+    memory.room(own_blocks)[i] = {0, 0, 0, 0};
   }
   show_to_engines();
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / warpgroup;
+  const int group = uniform(static_cast<int>(threadIdx.x) / warpgroup);
   if (group == 0) {
     fewer_registers<D == 64 ? 72 : 24>();
     copy_items(w, maps, memory);

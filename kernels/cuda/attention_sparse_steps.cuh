@@ -5,8 +5,9 @@
 // Its four warps have jobs of their own. The finder draws items, finds their queries in the masks
 // and lists those of one step after the other, some steps ahead. Two fillers take turns at the
 // lists: one looks up where its step's rows are, and reads their numbers, while the stage is still
-// in use, and starts the copies as soon as it is free. The fourth warp copies K and V when those of
-// the item before have been done with.
+// in use (where D is 64 and registers suffice: before it fills the stage of its list before), and
+// starts the copies as soon as it is free. The fourth warp copies K and V when those of the item
+// before have been done with, or, where D is 64, of the one before that.
 #include "kernels/cuda/attending_queries.cuh"
 #include "kernels/cuda/attention_sparse.cuh"
 
@@ -14,7 +15,7 @@ namespace entrain::cuda::sparse_keys {
 
 constexpr int consumers = 2, threads = (1 + consumers) * warpgroup;
 constexpr int fillers = 2;           // warps
-constexpr int found_together = 256;  // queries whose masks are looked at together
+constexpr int found_together = 128;  // queries whose masks are looked at together
 
 /// How the work is divided.
 struct Items {
@@ -69,12 +70,22 @@ struct alignas(16) Step {
 };
 
 /// The queries of a step: `count` of those found, from the first-th on.
-struct List {
+struct alignas(16) List {
   uint32_t first;
   int count;
   Step::Kind kind;
-  int kv_head, b, head0;  // of the batch's kv heads, which is of b; its first head
-  int block;              // of keys
+  uint32_t row0;  // the kv head's first query, of the batch's [B, Hkv, N]
+  int b, head0;   // its batch and its first head
+  int block;      // of keys
+};
+
+/// Neighbouring queries of a list, whose rows one copy brings: 2^log of them from `query` on.
+struct alignas(8) Box {
+  int query;
+  uint32_t at;  // their first row in a panel, in bytes, which are a multiple of 128; plus log
+
+  __device__ uint32_t row() const { return at - log(); }
+  __device__ uint32_t log() const { return at % 8; }
 };
 
 /// Shared memory, and the rings in it.
@@ -84,7 +95,8 @@ struct Memory {
   // is 128. Stages and lists are even in number: each then is always filled by the same filler, for
   // the same of the warpgroups that compute. Between two that are ahead of each other, a barrier's
   // parity would not tell a phase from the one before the last.
-  static constexpr int stages = D == 64 ? 12 : 6, dout_stages = D == 64 ? 12 : 4;
+  static constexpr int stages = D == 64 ? 10 : 6, dout_stages = D == 64 ? 10 : 4;
+  static constexpr int own_stages = D == 64 ? 2 : 1;  // of K and V
   static constexpr int lists_ahead = 8, items_ahead = 2;
   static_assert(stages % 2 == 0 && dout_stages % 2 == 0 && lists_ahead % 2 == 0);
   // Room for those of all lists, of one to come and for what is found at a time.
@@ -92,22 +104,27 @@ struct Memory {
   static_assert(queries_kept >= (lists_ahead + 1) * block_rows + found_together);
   static constexpr int block_bytes = D / 64 * panel_bytes;
   // Blocks come first, each at a multiple of 1024.
-  static constexpr int barriers_at = (2 + stages + dout_stages) * block_bytes;
+  static constexpr int barriers_at = (2 * own_stages + stages + dout_stages) * block_bytes;
   static constexpr int steps_at =
-      barriers_at + 8 * 2 * (stages + dout_stages + 1 + lists_ahead + items_ahead);
+      barriers_at + 8 * 2 * (stages + dout_stages + own_stages + lists_ahead + items_ahead);
   static constexpr int lists_at = steps_at + stages * static_cast<int>(sizeof(Step));
-  static constexpr int items_at = lists_at + lists_ahead * static_cast<int>(sizeof(List));
-  static constexpr int queries_at = items_at + 4 * (1 + items_ahead);
-  static constexpr int bytes = 1024 + queries_at + 4 * queries_kept;
+  static constexpr int boxes_at = lists_at + lists_ahead * static_cast<int>(sizeof(List));
+  static constexpr int list_boxes = block_rows + 1;  // one is read in vain
+  static constexpr int queries_at =
+      boxes_at + lists_ahead * list_boxes * static_cast<int>(sizeof(Box));
+  static constexpr int items_at = queries_at + 4 * queries_kept;
+  static constexpr int bytes = 1024 + items_at + 4 * (own_stages + items_ahead);
+  static_assert(steps_at % 16 == 0 && bytes <= 227 * 1024);
 
   char* blocks;
   Step* steps;
   List* lists;
-  int* items;         // the numbers of the one whose K and V are here, and of those whose will be
+  Box* boxes;         // list_boxes for each list
+  int* items;         // the numbers of those whose K and V are here, and of those whose will be
   int* queries;       // the last queries_kept that were found
   Ring<stages> ring;  // of steps
   Ring<dout_stages> douts;      // of their blocks of dO, which are full when the step is
-  Ring<1> own;                  // of K and V
+  Ring<own_stages> own;         // of K and V
   Ring<lists_ahead> list_ring;  // of lists
   Ring<items_ahead> item_ring;  // of the numbers of items that wait for their K and V
 
@@ -116,12 +133,13 @@ struct Memory {
     blocks = start + (1024 - shared_address(start) % 1024) % 1024;
     steps = reinterpret_cast<Step*>(blocks + steps_at);
     lists = reinterpret_cast<List*>(blocks + lists_at);
+    boxes = reinterpret_cast<Box*>(blocks + boxes_at);
     items = reinterpret_cast<int*>(blocks + items_at);
     queries = reinterpret_cast<int*>(blocks + queries_at);
     ring.barriers = shared_address(blocks) + barriers_at;
     douts.barriers = ring.barriers + 8 * 2 * stages;
     own.barriers = douts.barriers + 8 * 2 * dout_stages;
-    list_ring.barriers = own.barriers + 8 * 2;
+    list_ring.barriers = own.barriers + 8 * 2 * own_stages;
     item_ring.barriers = list_ring.barriers + 8 * 2 * lists_ahead;
   }
   /// By one thread, before barrier_init_done(). Warps arrive, but for K's and V's, which the copy
@@ -134,12 +152,12 @@ struct Memory {
     item_ring.init(item_ring.barriers, 1);
   }
   __device__ Block block(int i) const { return {shared_address(blocks) + i * block_bytes}; }
-  __device__ Block k() const { return block(0); }
-  __device__ Block v() const { return block(1); }
-  __device__ Block q(int stage) const { return block(2 + stage); }
-  __device__ Block dout(int stage) const { return block(2 + stages + stage); }
+  __device__ Block k(int stage) const { return block(2 * stage); }
+  __device__ Block v(int stage) const { return block(2 * stage + 1); }
+  __device__ Block q(int stage) const { return block(2 * own_stages + stage); }
+  __device__ Block dout(int stage) const { return block(2 * own_stages + stages + stage); }
   __device__ int& query(uint32_t nth) const { return queries[nth % queries_kept]; }
-  /// A block, for sums: 0 is K's, 1 is V's.
+  /// A block, for sums: of a stage's K at 2 stage, of its V at the next.
   __device__ float4* room(int block) const {
     return reinterpret_cast<float4*>(blocks + block * block_bytes);
   }
@@ -204,7 +222,7 @@ class Finder {
       find(Item(w_.items, n));
     }
     announce(-1);
-    for (int i = 0; i < fillers; ++i) hand_over(0, Step::stop);
+    for (int i = 0; i < fillers; ++i) hand_over({.kind = Step::stop});
   }
 
  private:
@@ -212,7 +230,7 @@ class Finder {
   __device__ void announce(int n) {
     auto& ring = memory_.item_ring;
     barrier_wait_asleep(ring.empty(ring.stage), ring.parity ^ 1);
-    if (threadIdx.x % 32 == 0) memory_.items[1 + ring.stage] = n;
+    if (threadIdx.x % 32 == 0) memory_.items[Memory<D>::own_stages + ring.stage] = n;
     warp_arrive(ring.full());
     ring.next();
   }
@@ -224,53 +242,60 @@ class Finder {
                                min(begin + w_.items.length, static_cast<int>(p.N)));
     // Blocks are whole tiles: of a tile, masks have one bit.
     const int block = item.tile * key_tile / static_cast<int>(p.block);
-    const int64_t step = 2 * p.words;
-    const auto* masks =
-        reinterpret_cast<const uint32_t*>(p.mask) + item.kv_head * p.N * step + block / 32;
+    List step{};
+    step.row0 = static_cast<uint32_t>(item.kv_head * p.N);
+    step.b = item.b;
+    step.head0 = item.r * static_cast<int>(p.g);
+    step.block = block;
     const auto hand_over_step = [&](int count) {
       __syncwarp();
       const int first = memory_.query(handed_), last = memory_.query(handed_ + count - 1);
       const bool whole = first >= seeing.all_begin && last < seeing.all_end;
-      if (lane == 0) {
-        List& list = memory_.lists[memory_.list_ring.stage];
-        list.kv_head = item.kv_head;
-        list.b = item.b;
-        list.head0 = item.r * static_cast<int>(p.g);
-        list.block = block;
-      }
-      hand_over(count, whole ? Step::whole : Step::part);
+      step.count = count;
+      step.kind = whole ? Step::whole : Step::part;
+      hand_over(step);
     };
-    for (int i = seeing.begin; i < seeing.end; i += found_together) {
-      uint32_t words[found_together / 32];
+    const uint32_t bit = 1u << block % 32, without_mask = p.mask ? 0 : ~0u;
+    const int64_t words_of_query = 2 * p.words;
+    const auto* mask = reinterpret_cast<const uint32_t*>(p.mask) + block / 32 +
+                       (item.kv_head * p.N + seeing.begin + lane) * words_of_query;
+    uint32_t words[found_together / 32];
+    const auto load = [&](int first) {
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        words[j] = p.mask ? masks[min(i + 32 * j + lane, seeing.end - 1) * step] : ~0u;
+        words[j] = without_mask;
+        if (p.mask && first + 32 * j + lane < seeing.end) words[j] = *mask;
+        mask += 32 * words_of_query;
       }
+    };
+    load(seeing.begin);
+    for (int i = seeing.begin; i < seeing.end; i += found_together) {
+      uint32_t attending[found_together / 32];
 #pragma unroll
       for (int j = 0; j < found_together / 32; ++j) {
-        const int query = i + 32 * j + lane;
-        const bool attends = query < seeing.end && words[j] >> block % 32 & 1;
-        const uint32_t all = __ballot_sync(~0u, attends);
-        if (attends) memory_.query(found_ + __popc(all & ((1u << lane) - 1))) = query;
-        found_ += __popc(all);
+        attending[j] = __ballot_sync(~0u, words[j] & bit && i + 32 * j + lane < seeing.end);
+      }
+      load(i + found_together);  // the next ones are on their way meanwhile
+#pragma unroll
+      for (int j = 0; j < found_together / 32; ++j) {
+        if (attending[j] >> lane & 1) {
+          memory_.query(found_ + __popc(attending[j] & ((1u << lane) - 1))) = i + 32 * j + lane;
+        }
+        found_ += __popc(attending[j]);
       }
       while (waiting() >= w_.pack.queries) hand_over_step(w_.pack.queries);
     }
     if (waiting() > 0) hand_over_step(waiting());
-    for (int i = 0; i < consumers; ++i) hand_over(0, Step::end);
+    for (int i = 0; i < consumers; ++i) hand_over({.kind = Step::end});
   }
-  /// So many queries in the list at hand, whose place is always free.
-  __device__ void hand_over(int count, Step::Kind kind) {
+  /// The first queries that have not been, in a list whose place is always free.
+  __device__ void hand_over(List list) {
     auto& ring = memory_.list_ring;
-    if (threadIdx.x % 32 == 0) {
-      List& list = memory_.lists[ring.stage];
-      list.first = handed_;
-      list.count = count;
-      list.kind = kind;
-    }
+    list.first = handed_;
+    if (threadIdx.x % 32 == 0) memory_.lists[ring.stage] = list;
     warp_arrive(ring.full());
     ring.next();
-    handed_ += count;
+    handed_ += list.count;
     barrier_wait_asleep(ring.empty(ring.stage), ring.parity ^ 1);
   }
 
@@ -291,10 +316,10 @@ __device__ __forceinline__ void copy_keys(const Work& w, const Maps& maps, Memor
   auto& ring = memory.item_ring;
   for (;; own.next(), ring.next()) {
     barrier_wait_asleep(ring.full(), ring.parity);
-    const int n = memory.items[1 + ring.stage];
+    const int n = memory.items[Memory<D>::own_stages + ring.stage];
     barrier_arrive(ring.empty(ring.stage));
-    barrier_wait_asleep(own.empty(0), own.parity ^ 1);  // for most of an item
-    memory.items[0] = n;
+    barrier_wait_asleep(own.empty(own.stage), own.parity ^ 1);  // for most of an item
+    memory.items[own.stage] = n;
     if (n < 0) {
       barrier_arrive(own.full());
       return;
@@ -302,131 +327,178 @@ __device__ __forceinline__ void copy_keys(const Work& w, const Maps& maps, Memor
     const Item item(w.items, n);
     const int key = item.tile * key_tile;
     barrier_arrive_expecting(own.full(), 2 * Memory<D>::block_bytes);
-    copy_block<D>(memory.k(), maps.k, own.full(), key, item.r, item.b);
-    copy_block<D>(memory.v(), maps.v, own.full(), key, item.r, item.b);
+    copy_block<D>(memory.k(own.stage), maps.k, own.full(), key, item.r, item.b);
+    copy_block<D>(memory.v(own.stage), maps.v, own.full(), key, item.r, item.b);
   }
 }
 
-/// Queries of a list, one a lane, from `first` on. A place without a query has one after the last:
-/// its rows are copied as zeros.
-struct ListedQueries {
-  int query;
-  int run;  // log2 of how many from here on can come by one copy, since they are neighbours
-
-  template <int D>
-  __device__ ListedQueries(const Work& w, const Memory<D>& memory, const List& list, int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, i = first + lane;
-    query = i < list.count ? memory.query(list.first + i) : static_cast<int>(w.p.N) + i;
-    const int next = __shfl_down_sync(~0u, query, 1);
-    const bool more = lane < 31 && i + 1 < w.pack.queries && next == query + 1;
-    const uint32_t from_here = __ballot_sync(~0u, more) >> lane;
-    run = 31 - __clz(__ffs(static_cast<int>(~from_here)));
-  }
-  /// By a warp: starts copying their rows to the stages at hand.
-  template <int D>
-  __device__ void copy(const Work& w, const Maps& maps, const Memory<D>& memory, int first,
-                       int head0, int b) const {
-    const auto& ring = memory.ring;
-    const int g = static_cast<int>(w.p.g);
-    const Block q = memory.q(uniform(ring.stage)), dout = memory.dout(uniform(memory.douts.stage));
-    const int end = min(32, w.pack.queries - first);
-    for (int i = 0; i < end;) {
-      const int token = __shfl_sync(~0u, query, i), of = __shfl_sync(~0u, run, i);
-      if (threadIdx.x % 32 == 0) {
-#pragma unroll
-        for (int panel = 0; panel < D / 64; ++panel) {
-          const int at = panel * panel_bytes + (first + i) * g * 128;
-          copy_panel(q.address + at, maps.q[of], ring.full(), panel * 64, head0, token, b);
-          copy_panel(dout.address + at, maps.dout[of], ring.full(), panel * 64, head0, token, b);
-        }
-      }
-      i += 1 << of;
-    }
-  }
-};
-
-/// What comes with a row of a list. Where there is no query the log sum is infinite: the row's P
-/// is 0.
-struct RowNumbers {
-  float log_sum = INFINITY, delta = 0, bias = 0;
-
-  template <int D>
-  __device__ RowNumbers(const Work& w, const Memory<D>& memory, const List& list, int row) {
-    const int i = w.pack.query(row);
-    if (i >= list.count) return;
-    const int64_t query = list.kv_head * w.p.N + memory.query(list.first + i);
-    const float2 numbers = w.numbers[query * w.p.g + w.pack.head(row)];
-    log_sum = numbers.x;
-    delta = numbers.y;
-    if (w.p.bias) bias = w.p.bias[query * w.p.bias_blocks + list.block];
-  }
-};
-
-/// A filler's work, of a warp; mine: 0 or 1.
+/// The work of one of the fillers, a warp.
 template <int D>
-__device__ __forceinline__ void fill_steps(const Work& w, const Maps& maps, int mine,
-                                           Memory<D>& memory) {
-  auto& lists = memory.list_ring;
-  auto& ring = memory.ring;
-  auto& douts = memory.douts;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto next = [&](int steps) {
-    for (int i = 0; i < steps; ++i) {
-      lists.next();
-      ring.next();
+class Filler {
+ public:
+  /// mine: 0 or 1.
+  __device__ Filler(const Work& w, const Maps& maps, int mine, Memory<D>& memory)
+      : w_(w),
+        maps_(maps),
+        memory_(memory),
+        lists_(memory.list_ring),
+        ring_(memory.ring),
+        douts_(memory.douts) {
+    if (mine == 0) return;
+    lists_.next();
+    ring_.next();
+    douts_.next();
+  }
+
+  __device__ void run() {
+    for (Listed now = read(); now.list.kind != Step::stop;) {
+      if constexpr (D == 64) {  // registers for two
+        const Listed next = read();
+        fill(now);
+        now = next;
+      } else {
+        fill(now);
+        now = read();
+      }
     }
+  }
+
+ private:
+  /// A list, and what comes with two rows of its step: the lane-th and the 32nd after it.
+  struct Listed {
+    List list;
+    int place;          // in the ring
+    int boxes = 0;      // which are in shared memory
+    int copied = 0;     // queries in all of these
+    float2 numbers[2];  // on their way; those of the last query where there is none
+    float bias[2] = {};
   };
-  if (mine == 1) douts.next();
-  for (next(mine);; next(fillers)) {
-    lists.wait_full();
-    const List& list = memory.lists[lists.stage];
-    const Step::Kind kind = list.kind;
-    if (kind == Step::stop) return;
-    Step& step = memory.steps[ring.stage];
-    if (kind == Step::end) {
-      ring.wait_empty();
-      if (lane == 0) step.kind = kind;
-      warp_arrive(ring.full());
-      warp_arrive(lists.empty(lists.stage));
-      continue;
-    }
-    // Where things are is found out before there is room for them.
-    const ListedQueries queries(w, memory, list, 0);
-    const RowNumbers numbers[2] = {{w, memory, list, lane}, {w, memory, list, lane + 32}};
-    const int head0 = list.head0, b = list.b;
-    douts.wait_empty();
-    ring.wait_empty();
-    queries.copy(w, maps, memory, 0, head0, b);
-    if (w.pack.queries > 32) {
-      ListedQueries(w, memory, list, 32).copy(w, maps, memory, 32, head0, b);
-    }
+
+  __device__ Listed read() {
+    lists_.wait_full();
+    Listed listed;
+    listed.place = lists_.stage;
+    listed.list = memory_.lists[listed.place];
+    for (int i = 0; i < fillers; ++i) lists_.next();
+    if (listed.list.kind == Step::end || listed.list.kind == Step::stop) return listed;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = lane + 32 * i, place = w.pack.query(row);
-      step.log_sums[row] = numbers[i].log_sum - numbers[i].bias * log2_e;
-      step.deltas[row] = numbers[i].delta;
-      if (kind == Step::part) {
-        step.seen[row] =
-            place < list.count ? seen_by(w.p, memory.query(list.first + place)) : KeyRange{0, 0};
-      }
+      const int row = lane_ + 32 * i, nth = min(w_.pack.query(row), listed.list.count - 1);
+      // Rows of a batch are fewer than 2^32.
+      const uint64_t query = listed.list.row0 + memory_.query(listed.list.first + nth);
+      listed.numbers[i] = w_.numbers[query * static_cast<uint32_t>(w_.p.g) + w_.pack.head(row)];
+      if (!w_.p.bias) continue;
+      listed.bias[i] =
+          w_.p.bias[query * static_cast<uint32_t>(w_.p.bias_blocks) + listed.list.block];
     }
+    find_boxes(listed, 0);
+    if (w_.pack.queries > 32) find_boxes(listed, 32);
     __syncwarp();
-    if (lane == 0) {
-      step.kind = kind;
-      // Bytes may arrive before they are expected.
-      barrier_arrive_expecting(ring.full(), 2 * 2 * D * w.pack.queries * static_cast<int>(w.p.g));
-      barrier_arrive(lists.empty(lists.stage));
-    }
-    for (int i = 0; i < fillers; ++i) douts.next();
+    return listed;
   }
-}
+  /// Of the step's places [first, first + 32), one a lane. A place without a query has one after
+  /// the last: its rows are copied as zeros. A run of neighbours takes two boxes at most: the
+  /// largest that it holds, at its begin, and for the rest the smallest that holds this, at its
+  /// end. They may overlap, and bring the same there.
+  __device__ void find_boxes(Listed& listed, int first) {
+    const List& list = listed.list;
+    const int place = first + lane_;
+    const int query =
+        place < list.count ? memory_.query(list.first + place) : static_cast<int>(w_.p.N) + place;
+    const int next = __shfl_down_sync(~0u, query, 1);
+    const bool is_place = place < w_.pack.queries;
+    const uint32_t joined =
+        __ballot_sync(~0u, lane_ < 31 && place + 1 < w_.pack.queries && next == query + 1);
+    // Of the lane's run, so many are before it and so many from it on.
+    const int before = __clz(static_cast<int>(~(joined << (31 - lane_) << 1)));
+    const int rest = __ffs(static_cast<int>(~(joined >> lane_)));
+    const int largest = 31 - __clz(before + rest);
+    const bool begins = is_place && before == 0;
+    const bool begins_rest = is_place && before == 1 << largest;
+    const int log = begins ? largest : 32 - __clz(rest - 1);
+    const int back = begins ? 0 : (1 << log) - rest;
+    const uint32_t all = __ballot_sync(~0u, begins || begins_rest);
+    if (begins || begins_rest) {
+      const int nth = listed.boxes + __popc(all & ((1u << lane_) - 1));
+      boxes(listed)[nth] = {query - back, static_cast<uint32_t>((place - back) * bytes_ + log)};
+    }
+    listed.boxes += __popc(all);
+    listed.copied += __reduce_add_sync(~0u, begins || begins_rest ? 1 << log : 0);
+  }
+  /// Fills the next stage.
+  __device__ void fill(const Listed& listed) {
+    const List& list = listed.list;
+    Step& step = memory_.steps[ring_.stage];
+    if (list.kind == Step::end) {
+      ring_.wait_empty();
+      if (lane_ == 0) step.kind = Step::end;
+      warp_arrive(ring_.full());
+    } else {
+      douts_.wait_empty();
+      ring_.wait_empty();
+      copy_rows(listed);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane_ + 32 * i, nth = w_.pack.query(row);
+        const bool has = nth < list.count;
+        step.log_sums[row] =  // where there is no query, P is 0
+            has ? listed.numbers[i].x - listed.bias[i] * log2_e : INFINITY;
+        step.deltas[row] = has ? listed.numbers[i].y : 0;
+        if (list.kind == Step::part) {
+          step.seen[row] = has ? seen_by(w_.p, memory_.query(list.first + nth)) : KeyRange{0, 0};
+        }
+      }
+      __syncwarp();
+      if (lane_ == 0) {
+        step.kind = list.kind;
+        // Bytes may arrive before they are expected.
+        barrier_arrive_expecting(ring_.full(),
+                                 2 * 2 * D * listed.copied * static_cast<int>(w_.p.g));
+      }
+      for (int i = 0; i < fillers; ++i) douts_.next();
+    }
+    warp_arrive(lists_.empty(listed.place));
+    for (int i = 0; i < fillers; ++i) ring_.next();
+  }
+  /// Starts copying the list's rows of q and dO to the stages at hand.
+  __device__ void copy_rows(const Listed& listed) const {
+    const Block q = memory_.q(ring_.stage), dout = memory_.dout(douts_.stage);
+    const uint32_t full = ring_.full();
+    const int head0 = listed.list.head0, b = listed.list.b;
+    const Box* next = boxes(listed);
+    if (!elected()) return;
+    Box box = *next;
+    for (int i = 0; i < listed.boxes; ++i) {
+      const Box then = *++next;
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        const uint32_t at = panel * panel_bytes + box.row();
+        copy_panel(q.address + at, maps_.q[box.log()], full, panel * 64, head0, box.query, b);
+        copy_panel(dout.address + at, maps_.dout[box.log()], full, panel * 64, head0, box.query, b);
+      }
+      box = then;
+    }
+  }
+  __device__ Box* boxes(const Listed& listed) const {
+    return memory_.boxes + listed.place * Memory<D>::list_boxes;
+  }
+
+  const Work& w_;
+  const Maps& maps_;
+  Memory<D>& memory_;
+  decltype(Memory<D>::list_ring) lists_;
+  decltype(Memory<D>::ring) ring_;
+  decltype(Memory<D>::douts) douts_;
+  const int lane_ = static_cast<int>(threadIdx.x) % 32;
+  const int bytes_ = static_cast<int>(w_.p.g) * 128;  // of a query's rows in a panel
+};
 
 /// The work of the warpgroup that copies.
 template <int D>
 __device__ __forceinline__ void copy_items(const Work& w, const Maps& maps, Memory<D>& memory) {
   const int warp = uniform(static_cast<int>(threadIdx.x) / 32);
   if (warp < fillers) {
-    fill_steps(w, maps, warp, memory);
+    Filler<D>(w, maps, warp, memory).run();
   } else if (warp == fillers) {
     Finder<D>(w, memory).run();
   } else if (threadIdx.x % 32 == 0) {

@@ -95,6 +95,21 @@ __device__ __forceinline__ void show_to_engines() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// Whether this thread is the one of its warp that is chosen, when all its lanes are here. Of a
+/// comparison with a lane's number the compiler does not know that it holds for one thread only,
+/// and puts a loop over threads around each copy.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(is));
+  return is != 0;
+}
+
 // Copies to shared memory; their bytes arrive at a barrier.
 __device__ __forceinline__ void copy_panel(uint32_t to, const CUtensorMap& map, uint32_t barrier,
                                            int column, int row, int head, int batch) {

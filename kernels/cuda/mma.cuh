@@ -110,7 +110,9 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, int threads, size
     fail(std::string(name) + " needs " + std::to_string(shared) +
          " bytes of shared memory for this shape; a block of this GPU has " + std::to_string(most));
   }
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)),
+        name);
   kernel<<<grid, threads, shared, stream()>>>(arguments...);
   check_launch(name);
 }

@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(threads, 2)
       most = fmax(old, lanes.max(most));
       for (int c = rank; c < m; c += s.lanes) sum += e[c] = exp(e[c] - most);
       sum = lanes.sum(sum);
+      __syncwarp();  // all lanes of the row have read its top
       if (row >= rows || rank != 0) continue;
       top[row] = most;
       total[row] = total[row] * (old == most ? 1 : exp(old - most)) + sum;
