@@ -1,13 +1,13 @@
 #pragma once
-// What the two kernels of the router's way back on Hopper share. With z the scores of a row as
+// What the kernels of the router's way back on Hopper share. With z the scores of a row as
 // entmax takes them, and threshold tau's,
 //
 //   p = entmax(z; threshold),  s = p^(2 - alpha),  dz = s (dw - centre),  centre = sum s dw / sum
 //   s, dq += scale dz kbar,       dkbar = scale dz^T q.
 //
 // route_hopper_dw.cu leaves dw, one for all heads of a query, and what the queries of a row tile,
-// 64 / g neighbours of a kv head with their g heads, route to together; route_hopper_backward.cu
-// computes the scores of that anew, and the rest.
+// 64 / g neighbours of a kv head with their g heads, route to together; route_hopper_gradients.cu
+// computes the scores of that anew, dq, and parts of dkbar, which route_hopper_backward.cu adds up.
 #include "kernels/cuda/route_hopper.cuh"
 
 namespace entrain::cuda {
@@ -52,16 +52,8 @@ struct HopperRouteBackward {
 
 /// dw and the unions; route_hopper_dw.cu.
 void hopper_route_dw(const HopperRouteBackward& p);
-
-/// Writes an accumulator, rounded, to a block of one panel.
-__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to, int thread) {
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
-    *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
-    *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
-  }
-}
+/// dq and the parts' sums; route_hopper_gradients.cu.
+void hopper_route_gradients(const HopperRouteBackward& p, const Rows<bf16>& q,
+                            const Rows<bf16>& dq);
 
 }  // namespace entrain::cuda
