@@ -357,7 +357,7 @@ class QueryRows {
     if (ends && threadIdx.x == 0) {
       copy_rows<D>(Block{shared_ + Shape::low_at}, dq_, dq_barrier(), p_.route, item_, item_.first);
     }
-    put_dz(s);
+    put_rounded(s, memory_ + Shape::parts_at, thread());
     show_to_engines();
     __syncthreads();
     const Block dz{shared_ + Shape::parts_at}, kbar{shared_ + Shape::rounded_at};
@@ -404,14 +404,15 @@ class QueryRows {
     if constexpr (D == 128) put_sums(second, 1);
     send_sums();
   }
-  /// Rounded dz, in a block of one panel.
-  __device__ __forceinline__ void put_dz(const float (&dz)[8][4]) const {
-    const int row = lane_row(0), column = thread() % 4 * 4;
+  /// Writes an accumulator, rounded, to a block of one panel.
+  __device__ __forceinline__ static void put_rounded(const float (&from)[8][4], char* to,
+                                                     int thread) {
+    const int row = thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      char* at = memory_ + Shape::parts_at + row * 128 + (j ^ row % 8) * 16 + column;
-      *reinterpret_cast<uint32_t*>(at) = pack(dz[j][0], dz[j][1]);
-      *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(dz[j][2], dz[j][3]);
+      char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
+      *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
+      *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
     }
   }
   /// Starts dz^T q of a panel of q.
