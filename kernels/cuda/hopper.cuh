@@ -137,6 +137,40 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
       : "memory");
 }
 
+// Copies from shared memory, in groups as a thread commits them.
+__device__ __forceinline__ void store_panel(const CUtensorMap& map, uint32_t from, int column,
+                                            int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(from), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+/// A multiple of 16 bytes, as is each address.
+__device__ __forceinline__ void store_bytes(void* to, uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+/// The same, added to what is there.
+__device__ __forceinline__ void add_bytes(float* to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+/// Until all of this thread's have read shared memory, which may then be written again.
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+/// Until they are done.
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 /// The warpgroup meets, at a barrier of its own: not 0, the block's.
 __device__ __forceinline__ void warpgroup_sync(int barrier) {
   asm volatile("barrier.cta.sync %0, 128;" ::"r"(barrier) : "memory");
@@ -238,8 +272,8 @@ struct Block {
   /// Right operand of a b, rows [16 step, 16 step + 16): its panels are panel_bytes apart.
   __device__ uint64_t columns(int step) const { return descriptor(panel_bytes, step * 2048); }
   /// A warp's 16 rows from `row` on, columns [16 step, 16 step + 16), as a left operand.
-  __device__ void left(Fragment& to, int row, int step) const {
-    const uint32_t lane = threadIdx.x % 32, r = row + lane % 16;
+  __device__ void left(Fragment& to, int row, int step, uint32_t thread = threadIdx.x) const {
+    const uint32_t lane = thread % 32, r = row + lane % 16;
     const uint32_t chunk = (step % 4 * 2 + lane / 16) ^ r % 8;
     load_matrices(to, address + step / 4 * panel_bytes + r * 128 + chunk * 16);
   }
@@ -319,6 +353,38 @@ __device__ __forceinline__ void product(float (&c)[8][4], uint64_t a, uint64_t b
       "%32, %33, p, 1, 1, 0, 0;\n"
       "}"
       : ENTRAIN_SUMS_8(0)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+/// c (+)= a b, 64 x 64, 16 deep; both from shared memory: a Block's rows() and another's columns().
+__device__ __forceinline__ void product_with_columns(float (&c)[8][4], uint64_t a, uint64_t b,
+                                                     bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 1;\n"
+      "}"
+      : ENTRAIN_SUMS_8(0)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+/// The same with 128 columns.
+__device__ __forceinline__ void product_with_columns(float (&c)[16][4], uint64_t a, uint64_t b,
+                                                     bool add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 1;\n"
+      "}"
+      : ENTRAIN_SUMS_8(0), ENTRAIN_SUMS_8(8)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 /// c (+)= a^T b, 64 x 64, over 16 rows of both: columns() of Blocks, a's of one panel.

@@ -122,9 +122,10 @@ class RouteRows {
         factor_(static_cast<float>(p.alpha_gamma[1] * (alpha_is_1(p) ? 1 : p.alpha_gamma[0] - 1) /
                                    (double{summary_scale} * sqrt(static_cast<double>(D))))) {}
 
-  /// The lane's row i of the warpgroup's.
-  __device__ static int lane_row(int i) {
-    const int thread = static_cast<int>(threadIdx.x) % warpgroup;
+  /// The lane's row i of the warpgroup's. Here and below, `thread` is for who reads the number anew
+  /// each time, so that what follows from it does not stay in registers.
+  __device__ static int lane_row(int i, uint32_t thread = threadIdx.x) {
+    thread %= warpgroup;
     return thread / 32 * 16 + i * 8 + thread % 32 / 4;
   }
   /// Takes the rows of queries [first, first + count).
@@ -139,11 +140,11 @@ class RouteRows {
     return end[i] > init_;
   }
   /// From their block in shared memory.
-  __device__ void load(Block block) {
-    const int row = static_cast<int>(threadIdx.x) % warpgroup / 32 * 16;
+  __device__ void load(Block block, uint32_t thread = threadIdx.x) {
+    const int row = thread % warpgroup / 32 * 16;
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      block.left(q_[step], row, step);
+      block.left(q_[step], row, step, thread);
 #pragma unroll
       for (uint32_t& both : q_[step]) {
         const __half2 pair =

@@ -1,25 +1,7 @@
-// The way back through DashAttention's router on Hopper, second kernel: from dw to dq and dkbar.
-//
-// Gradients are 0 off the support, so that a row tile needs scores only of the chunks that its
-// queries route to. A thread block, one warpgroup, goes over row tiles, gathers the summaries of
-// their unions, 64 at a time, a pack, and takes
-//
-//   sweep 1: z -> s, registers; of rows, the sums of s and s dw -> centre = sum s dw / sum s
-//   sweep 2: s of the last pack, where it is, of others anew -> dz, bf16, registers and shared
-//            -> dq += dz kbar, registers; dz^T q, registers -> added to the part's sums, in L2
-//
-// Mostly one pack is all: each score is then computed once. A block's row tiles are its part of
-// dkbar, whose sums no other block adds to; a last kernel adds parts up, in order. The thread
-// blocks of a multiprocessor, three or four, overlap what each waits for. Their registers do not
-// hold all that stays the same from row tile to row tile: each loads about 60 words of it.
-//
-// Floor for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 at density 0.125: 8192 row tiles, of
-// whose pack neighbours that look alike fill about 24 rows of 64; 8 D operations for each of its
-// 4096 pairs, 3.4e10, 35 us at 989 TFLOP/s; from and to L2 24 rows of 768 bytes of summaries and of
-// 1 KB of sums, q and dq, 90 KB a row tile in all: 0.74 GB, 0.13 ms; about 1300 instructions a
-// warp, 50 us beside both. Expected: 0.16 ms. Before, three sweeps over all candidates, of which
-// the first was for the rows' largest entries and the second for the weights, took 0.64 ms for dq,
-// and one more for dkbar 0.19 ms.
+// The way back through DashAttention's router on Hopper: its kernels one after the other, of which
+// the last, here, adds up what thread blocks have of dkbar. It reads the sums of chunks that any of
+// a block's queries routes to: for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 up to 52 MB,
+// 17 us. Expected: 20 us.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
@@ -28,364 +10,30 @@
 namespace entrain::cuda {
 namespace {
 
-constexpr int threads = warpgroup;
+/// dkbar = scale times the parts' sums, in order; 0 where nobody routes. A thread block takes 64
+/// elements, four threads each with a quarter of the parts.
+constexpr int summed_elements = 64, quarters = 4;
 
-/// Shared memory: the rows of q; of a pack, three parts of summaries, of which dz takes the place
-/// of the first, chunks and dw; a barrier; which chunks have sums.
-template <int D>
-struct Layout {
-  static constexpr int blocks_of_multiprocessor = D == 64 ? 4 : 3;
-  static constexpr int block_bytes = D / 64 * panel_bytes;
-  static constexpr int parts_at = block_bytes, rounded_at = parts_at + 2 * block_bytes;
-  static constexpr int list_at = rounded_at + block_bytes;
-  static constexpr int barrier_at = list_at + 64 * 4;
-  static constexpr int dw_at = barrier_at + 16;
-
-  __host__ __device__ static int summed_at(int queries) {
-    return dw_at + queries * RowTile::step * 4;
-  }
-  static int shared_bytes(int queries, int tiles) { return 1024 + summed_at(queries) + 8 * tiles; }
-};
-
-/// Whole tiles whose chunks of the union, 64 at most, are gathered; how many these are.
-struct Pack {
-  int begin, end, count;
-};
-
-/// A warpgroup on its way through its part of a head's row tiles.
-template <int D>
-class QueryRows {
- public:
-  using Shape = Layout<D>;
-
-  __device__ QueryRows(const HopperRouteBackward& p, int head, int part, char* memory)
-      : p_(p),
-        memory_(memory),
-        shared_(uniform(static_cast<int>(shared_address(memory)))),
-        list_(reinterpret_cast<int*>(memory + Shape::list_at)),
-        dw_(memory + Shape::dw_at),
-        summed_(reinterpret_cast<uint64_t*>(memory + Shape::summed_at(p.route.queries))),
-        head_(head),
-        part_(part),
-        rows_(p.route) {
-    if (threadIdx.x == 0) {
-      barrier_init(barrier(), 1);
-      barrier_init_done();
-    }
-    for (int tile = thread(); tile < p.tiles; tile += threads) summed_[tile] = 0;
-    // Nobody's rows take part in sums over rows.
-    for (int panel = 0; panel < D / 64; ++panel) {
-      for (int x = p.route.queries * p.route.g * 128 + 16 * thread(); x < panel_bytes;
-           x += 16 * threads) {
-        *reinterpret_cast<uint4*>(memory + panel * panel_bytes + x) = uint4{};
-      }
-    }
-    show_to_engines();
-    __syncthreads();
-  }
-
-  template <class Entmax>
-  __device__ __forceinline__ void take(int row_tile, const CUtensorMap& q, const Entmax& entmax,
-                                       const Rows<bf16>& dq) {
-    place(row_tile);
-    int from = item_.begin, last = -1;  // where the next pack begins; sweep 2: and the last one
-    Pack pack = find(from);
-    if (pack.count == 0) return;
-    if (threadIdx.x == 0) copy_rows<D>(Block{shared_}, q, barrier(), p_.route, item_, item_.first);
-    float total[2] = {0, 0}, weighted[2] = {0, 0}, sum[D / 8][4] = {};
-    pin(sum);
-#pragma unroll 1
-    for (;;) {
-      copy(pack.end == item_.end || last >= 0);
-      barrier_wait(barrier(), phase_);
-      float s[8][4];
-      weigh(s, entmax);
-      from = pack.end;
-      if (last < 0) {
-        sum_up(s, total, weighted);
-        if (from == item_.end) {
-          find_centres(total, weighted);
-          last = pack.begin;
-          from = item_.begin;
-        }
-      }
-      if (last >= 0) {
-        add_gradients(sum, s);
-        mark_sums(pack);
-        if (from == last) break;
-      }
-      pack = find(from);
-    }
-    phase_ ^= 1;
-    add_to(dq, sum);
-  }
-
-  /// For who adds parts up.
-  __device__ void put_summed() const {
-    __syncthreads();
-    uint64_t* to = p_.summed + p_.part_of(head_, part_) * p_.tiles;
-    for (int tile = thread(); tile < p_.tiles; tile += threads) to[tile] = summed_[tile];
-  }
-
- private:
-  /// Read anew each time: else what follows from it stays in registers from row tile to row tile.
-  __device__ static int thread() {
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-  }
-  __device__ uint32_t barrier() const {
-    return shared_ + Shape::barrier_at;
-  }
-  /// Of the thread's row i, within the group.
-  __device__ __forceinline__ int head_of_row(int i) const {
-    return rows_.lane_row(i) % p_.route.g;
-  }
-
-  __device__ __forceinline__ void place(int row_tile) {
-    const int first = row_tile * p_.route.queries;
-    count_ = min(p_.route.queries, p_.route.N - first);
-    item_ = {head_ / p_.route.Hkv, head_ % p_.route.Hkv, first, p_.route.first_tile(),
-             p_.route.end_tile(first + count_ - 1)};
-    union_ = p_.union_of(head_, row_tile);
-    rows_.place(p_.route, first, count_);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      row_[i] = rows_.routes(i) ? rows_.lane_row(i) / p_.route.g : 0;
-      const double* tau = p_.tau + p_.route.at_row(item_, first + row_[i], head_of_row(i));
-      threshold_[i] = rows_.routes(i) ? static_cast<float>(*tau) : 0;
-    }
-  }
-
-  /// Lists the next chunks of the union, in tiles from `from` on.
-  __device__ __forceinline__ Pack find(int from) const {
-    const int lane = thread() % 32, bit = thread() % 64, half = thread() / 64;
-    __syncthreads();  // the last pack is done with
-    int found = 0, at = from, taken = 32;
-    while (taken == 32 && at < item_.end) {
-      const uint64_t word = at + lane < item_.end ? union_[at + lane] : 0;
-      int up_to = __popcll(word);  // and the lanes before
-#pragma unroll
-      for (int o = 1; o < 32; o *= 2) {
-        const int before = __shfl_up_sync(~0u, up_to, o);
-        if (lane >= o) up_to += before;
-      }
-      taken = __popc(__ballot_sync(~0u, found + up_to <= 64));
-      for (int i = half; i < min(taken, item_.end - at); i += 2) {
-        const uint64_t bits = __shfl_sync(~0u, word, i);
-        const int before = found + __shfl_sync(~0u, up_to, i) - __popcll(bits);
-        if (bits >> bit & 1) {
-          list_[before + __popcll(bits & ((uint64_t{1} << bit) - 1))] = 64 * (at + i) + bit;
-        }
-      }
-      if (taken > 0) found += __shfl_sync(~0u, up_to, taken - 1);
-      at = min(at + taken, item_.end);
-    }
-    if (half == 0 && bit >= found) list_[bit] = p_.route.M;  // no such chunk
-    __syncthreads();
-    return {from, at, found};
-  }
-
-  /// Starts copies of the listed chunks' summaries, of rounded ones where wanted, and of their dw;
-  /// zeros after the last.
-  __device__ __forceinline__ void copy(bool rounded) const {
-    const int64_t step = p_.heads * p_.elements_of_head();  // from part to part
-    const bf16* from = p_.summaries + head_ * p_.elements_of_head();
-#pragma unroll 2
-    for (int x = thread(); x < 64 * D / 8; x += threads) {
-      const int row = x / (D / 8), piece = x % (D / 8), c = list_[row];
-      const bool is = c < p_.route.M;
-      const bf16* source = from + int64_t{c} * D + 8 * piece;
-      const uint32_t to = shared_ + Shape::parts_at + piece / 8 * panel_bytes + row * 128 +
-                          (piece % 8 ^ row % 8) * 16;
-      copy_async<16>(to, source, is);
-      copy_async<16>(to + Shape::block_bytes, source + step, is);
-      if (rounded) copy_async<16>(to + 2 * Shape::block_bytes, source + 2 * step, is);
-    }
-    const int column = thread() % 64, c = list_[column];
-    const float* dw = p_.dbias + p_.route.at_query(item_, item_.first) * p_.route.M + c;
-#pragma unroll 4
-    for (int i = thread() / 64; i < p_.route.queries; i += threads / 64) {
-      copy_async<4>(shared_address(dw_.at(i, column)), dw + int64_t{i} * p_.route.M,
-                    c < p_.route.M && i < count_);
-    }
-  }
-
-  /// s = p^(2 - alpha) of what was copied.
-  template <class Entmax>
-  __device__ __forceinline__ void weigh(float (&s)[8][4], const Entmax& entmax) {
-    rows_.load(Block{shared_});  // anew: sums have their registers meanwhile
-    wait_copies();
-    show_to_engines();
-    __syncthreads();
-    rows_.multiply(s, shared_ + Shape::parts_at);
-    rows_.scale(s);
-    const int2* chunks = reinterpret_cast<const int2*>(list_) + thread() % 4;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int2 c = chunks[4 * j];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool is = (e % 2 == 0 ? c.x : c.y) < rows_.end[e / 2];
-        s[j][e] = is ? entmax.weight(s[j][e], threshold_[e / 2]) : 0;
-      }
-    }
-  }
-  __device__ __forceinline__ void sum_up(const float (&s)[8][4], float (&total)[2],
-                                         float (&weighted)[2]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 dw = dw_.pair(row_[i], j);
-        total[i] += s[j][2 * i] + s[j][2 * i + 1];
-        weighted[i] += s[j][2 * i] * dw.x + s[j][2 * i + 1] * dw.y;
-      }
-    }
-  }
-  __device__ __forceinline__ void find_centres(const float (&total)[2],
-                                               const float (&weighted)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float all = Lanes(4).sum(total[i]), of_dw = Lanes(4).sum(weighted[i]);
-      centre_[i] = all > 0 ? of_dw / all : 0;
-    }
-  }
-
-  /// From s of a pack: sum += dz kbar, and dz^T q to the part's sums, 64 dimensions at a time.
-  __device__ __forceinline__ void add_gradients(float (&sum)[D / 8][4], float (&s)[8][4]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 dw = dw_.pair(row_[i], j);
-        s[j][2 * i] *= dw.x - centre_[i];
-        s[j][2 * i + 1] *= dw.y - centre_[i];
-      }
-    }
-    Fragment dz[4];
-    round_to(dz, s);
-    __syncthreads();  // all have their scores
-    put_rounded(s, memory_ + Shape::parts_at);
-    show_to_engines();
-    __syncthreads();
-    products_fence();
-    add_product(sum, dz, Block{shared_ + Shape::rounded_at});
-    products_commit();
-#pragma unroll
-    for (int panel = 0; panel < D / 64; ++panel) {
-      const Block dz_block{shared_ + Shape::parts_at}, q{shared_ + panel * panel_bytes};
-      products_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        product_of_columns(s, dz_block.columns(step), q.columns(step), step > 0);
-      }
-      products_commit();
-      products_wait<0>();
-      pin(s);
-      pin(sum);
-      add_to_part(s, 64 * panel);
-    }
-  }
-  /// Rows are places in the list; where a chunk has no sums yet, these are its first.
-  __device__ __forceinline__ void add_to_part(const float (&sum)[8][4], int column) const {
-    float* const sums = p_.sums + p_.part_of(head_, part_) * p_.elements_of_head() + column;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = list_[rows_.lane_row(i)];
-      if (c == p_.route.M) continue;
-      float2* to = reinterpret_cast<float2*>(sums + int64_t{c} * D) + thread() % 4;
-      const bool adds = summed_[c / 64] >> c % 64 & 1;
-      float2 old[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) old[j] = adds ? to[4 * j] : float2{};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        to[4 * j] = make_float2(old[j].x + sum[j][2 * i], old[j].y + sum[j][2 * i + 1]);
-      }
-    }
-  }
-  /// The chunks of a pack have sums now.
-  __device__ void mark_sums(const Pack& pack) const {
-    __syncthreads();
-    for (int tile = pack.begin + thread(); tile < pack.end; tile += threads) {
-      summed_[tile] |= union_[tile];
-    }
-  }
-
-  /// dq += scale sum: the thread has a pair of every eight columns of its rows.
-  __device__ __forceinline__ void add_to(const Rows<bf16>& dq, const float (&sum)[D / 8][4]) const {
-    const auto scale = static_cast<float>(p_.route.alpha_gamma[1] / sqrt(static_cast<double>(D)));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (!rows_.routes(i)) continue;
-      bf16* row = dq.at(item_.b, item_.r * p_.route.g + head_of_row(i), item_.first + row_[i]);
-      uint32_t* to = reinterpret_cast<uint32_t*>(row) + thread() % 4;
-      uint32_t old[D / 8];
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) old[j] = to[4 * j];
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        to[4 * j] = pack(__uint_as_float(old[j] << 16) + scale * sum[j][2 * i],
-                         __uint_as_float(old[j] & 0xffff0000u) + scale * sum[j][2 * i + 1]);
-      }
-    }
-  }
-
-  const HopperRouteBackward& p_;
-  char* const memory_;
-  const uint32_t shared_;
-  int* const list_;         // the pack's chunks, ascending, then M
-  const RowTile dw_;        // by query and place in the list
-  uint64_t* const summed_;  // by tile: the chunks that have sums
-  const int head_, part_;   // head: kv head and batch
-  RouteRows<D> rows_;
-  uint32_t phase_ = 0;  // of the barrier of q
-
-  // Of the row tile.
-  int count_;  // queries
-  RouteItem item_;
-  const uint64_t* union_;
-  int row_[2];  // queries of the thread's rows, from the first on; 0 where they do not route
-  float threshold_[2], centre_[2];
-};
-
-/// Grid: parts times kv heads and batch.
-template <int D>
-__global__ void __launch_bounds__(threads, Layout<D>::blocks_of_multiprocessor)
-    gradients(const __grid_constant__ CUtensorMap q, const __grid_constant__ HopperRouteBackward p,
-              const Rows<bf16> dq) {
-#ifdef ENTRAIN_HOPPER
-  const uint32_t at = shared_address(dynamic_shared());
-  char* const memory = dynamic_shared() + ((at + 1023) / 1024 * 1024 - at);
-  const int head = static_cast<int>(blockIdx.x) % p.heads;
-  const int part = static_cast<int>(blockIdx.x) / p.heads;
-  QueryRows<D> rows(p, head, part, memory);
-  by_curve(p.route.alpha_gamma[0], [&](const auto& entmax) {
-#pragma unroll 1
-    for (int x = 0; x < 2 * p.run; ++x) {
-      const int row_tile = x < p.run ? part * p.run + x : (2 * p.parts - 2 - part) * p.run + x;
-      if (row_tile < p.row_tiles) rows.take(row_tile, q, entmax, dq);
-    }
-  });
-  rows.put_summed();
-#endif
-}
-
-/// dkbar = scale times the parts' sums, in order; 0 where nobody routes.
-__global__ void __launch_bounds__(256)
-    sum_parts(const __grid_constant__ HopperRouteBackward p, int64_t total, double* dkbar) {
-  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (x >= total) return;
+__global__ void __launch_bounds__(summed_elements* quarters)
+    sum_parts(const __grid_constant__ HopperRouteBackward p, double* dkbar) {
+  __shared__ double sums[quarters][summed_elements];
+  const int column = static_cast<int>(threadIdx.x) % summed_elements;
+  const int quarter = static_cast<int>(threadIdx.x) / summed_elements;
+  const int64_t x = int64_t{blockIdx.x} * summed_elements + column;  // D is a multiple of 64
   const int64_t row = x / p.route.D, step = p.elements_of_head();
   const int head = static_cast<int>(row / p.route.M), c = static_cast<int>(row % p.route.M);
   const float* from = p.sums + p.part_of(head, 0) * step + x % step;
   const uint64_t* summed = p.summed + p.part_of(head, 0) * p.tiles + c / 64;
+  const int share = (p.parts + quarters - 1) / quarters;
   double sum = 0;
 #pragma unroll 16
-  for (int part = 0; part < p.parts; ++part) {
+  for (int part = quarter * share; part < min((quarter + 1) * share, p.parts); ++part) {
     sum += summed[part * p.tiles] >> c % 64 & 1 ? from[part * step] : 0;
   }
+  sums[quarter][column] = sum;
+  __syncthreads();
+  if (quarter > 0) return;
+  for (int i = 1; i < quarters; ++i) sum += sums[i][column];
   dkbar[x] = p.route.alpha_gamma[1] / sqrt(static_cast<double>(p.route.D)) * sum;
 }
 
@@ -409,7 +57,7 @@ struct BackwardScratch {
     const int64_t parts = int64_t{p.heads} * p.parts;
     unions = Summaries::scratch(kbar) * int64_t{sizeof(double)};
     summed = unions + 8 * int64_t{p.heads} * p.row_tiles * p.tiles;
-    sums = summed + 8 * parts * p.tiles;
+    sums = ceil_div(summed + 8 * parts * p.tiles, 16) * 16;
     bytes = sums + 4 * parts * kbar[2] * kbar[3];
   }
 };
@@ -426,7 +74,9 @@ int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar) {
 bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                            const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
                            const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch) {
-  if (!hopper_route_takes(q, kbar, routing)) return false;
+  if (!hopper_route_takes(q, kbar, routing) || !hopper_route_takes(dq_sum, kbar, routing)) {
+    return false;
+  }
   HopperRouteBackward p = backward_sizes(q.shape, kbar.shape);
   const BackwardScratch at(p, kbar.shape);
   char* memory = reinterpret_cast<char*>(pointer<double>(scratch));
@@ -441,16 +91,10 @@ bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRoutin
   p.summed = reinterpret_cast<uint64_t*>(memory + at.summed);
   p.sums = reinterpret_cast<float*>(memory + at.sums);
   hopper_route_dw(p);
-  by_dense_head_dim(p.route.D, [&](auto D) {
-    launch(
-        "route_backward", gradients<D>, int64_t{p.heads} * p.parts, threads,
-        Layout<D>::shared_bytes(p.route.queries, p.tiles),
-        packed_map(Rows<bf16>(q), p.route.B, p.route.Hq, p.route.N, D, p.route.g, p.route.queries),
-        p, Rows<bf16>(dq_sum));
-  });
+  hopper_route_gradients(p, Rows<bf16>(q), Rows<bf16>(dq_sum));
   const int64_t total = int64_t{p.heads} * p.route.M * p.route.D;
-  launch("route_backward: sums", sum_parts, ceil_div(total, 256), 256, 0, p, total,
-         pointer<double>(dkbar));
+  launch("route_backward: sums", sum_parts, total / summed_elements, summed_elements * quarters, 0,
+         p, pointer<double>(dkbar));
   return true;
 }
 

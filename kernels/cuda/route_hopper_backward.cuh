@@ -1,13 +1,13 @@
 #pragma once
-// What the two kernels of the router's way back on Hopper share. With z the scores of a row as
+// What the kernels of the router's way back on Hopper share. With z the scores of a row as
 // entmax takes them, and threshold tau's,
 //
 //   p = entmax(z; threshold),  s = p^(2 - alpha),  dz = s (dw - centre),  centre = sum s dw / sum
 //   s, dq += scale dz kbar,       dkbar = scale dz^T q.
 //
 // route_hopper_dw.cu leaves dw, one for all heads of a query, and what the queries of a row tile,
-// 64 / g neighbours of a kv head with their g heads, route to together; route_hopper_backward.cu
-// computes the scores of that anew, and the rest.
+// 64 / g neighbours of a kv head with their g heads, route to together; route_hopper_gradients.cu
+// computes the scores of that anew, dq, and parts of dkbar, which route_hopper_backward.cu adds up.
 #include "kernels/cuda/route_hopper.cuh"
 
 namespace entrain::cuda {
@@ -29,35 +29,31 @@ struct HopperRouteBackward {
   uint64_t* summed = nullptr;   // [heads, parts, tiles]: the chunks that a part has sums of
   float* sums = nullptr;        // [heads, parts, M, D]: parts of dkbar / scale
 
-  /// A query's support in a tile; at: where the query is in [B, Hkv, N].
-  __device__ uint64_t support(int64_t at, int query, int tile) const {
+  /// A query's support in a tile; at: where the query is in [B, Hkv, N], end: of its candidates.
+  __device__ uint64_t support(int64_t at, int end, int tile) const {
     const auto before = [tile](int c) {
       const int bits = c - 64 * tile;
       return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
     };
-    return mask[at * words + tile] & before(route.end(query)) & ~before(route.init());
+    return mask[at * words + tile] & before(end) & ~before(route.init());
   }
   __device__ uint64_t* union_of(int head, int row_tile) const {
     return unions + (int64_t{head} * row_tiles + row_tile) * tiles;
   }
   __device__ int64_t part_of(int head, int part) const { return int64_t{head} * parts + part; }
+  /// The x-th row tile of a part, or, after its last, as many as there are, or more.
+  __device__ int row_tile(int part, int x) const {
+    if (x == 2 * run) return row_tiles;
+    return x < run ? part * run + x : (2 * parts - 2 - part) * run + x;
+  }
   /// Of summaries, and of a part's sums.
   __device__ int64_t elements_of_head() const { return int64_t{route.M} * route.D; }
 };
 
 /// dw and the unions; route_hopper_dw.cu.
 void hopper_route_dw(const HopperRouteBackward& p);
-
-/// Writes an accumulator, rounded, to a block of one panel.
-__device__ __forceinline__ void put_rounded(const float (&from)[8][4], char* to) {
-  const int thread = static_cast<int>(threadIdx.x) % warpgroup;
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    char* at = to + row * 128 + (j ^ row % 8) * 16 + thread % 4 * 4;
-    *reinterpret_cast<uint32_t*>(at) = pack(from[j][0], from[j][1]);
-    *reinterpret_cast<uint32_t*>(at + 8 * 128) = pack(from[j][2], from[j][3]);
-  }
-}
+/// dq and the parts' sums; route_hopper_gradients.cu.
+void hopper_route_gradients(const HopperRouteBackward& p, const Rows<bf16>& q,
+                            const Rows<bf16>& dq);
 
 }  // namespace entrain::cuda

@@ -9,9 +9,10 @@
 // |sigma bias| < 81, as least_weight is 1e-35: all of these are normal floats, and dw errs by 1e-5.
 //
 // A thread block takes a row tile, a warp a query, lanes along the chunks: it reads the mask, and
-// of bias and D what lies in the support, twice. Floor for B 1, Hq 32, Hkv 2, D 128, N 16384,
-// chunks of 64: 1 MB of mask, sectors of 32 bytes around the support of three tensors, 50 MB at
-// density 0.125, 17 us. Expected: 20 us.
+// of bias and D what lies in the support, twice where there are more than 256 chunks. Floor for
+// B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64: 1 MB of mask, sectors of 32 bytes around the
+// support of three tensors, 50 MB at density 0.125, 17 us; B 4, Hkv 4: some 8 times that. Expected:
+// 25 and 130 us, 350 instructions a query.
 #include "kernels/cuda/route_hopper_backward.cuh"
 
 namespace entrain::cuda {
@@ -19,67 +20,98 @@ namespace {
 
 constexpr int warps = 4, threads = 32 * warps;
 
-/// dw of a query, in D's place; off the support D, which is 0 or of forced blocks, stays.
-__device__ void put_weight_gradients(const HopperRouteBackward& p, int64_t at, int query) {
+/// What a lane has of four tiles: of each half of them a chunk.
+struct Chunks {
+  static constexpr int tiles = 4;
+  bool routed[2 * tiles];
+  float l[2 * tiles], d[2 * tiles];  // sigma bias in base 2, D; off the support -infinity, 0
+};
+
+/// dw of a query that has so many candidates, in D's place; off the support D, which is 0 or of
+/// forced blocks, stays.
+__device__ void put_weight_gradients(const HopperRouteBackward& p, int64_t at, int candidates) {
   const DashRouting& routing = p.route.routing;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int begin = p.route.first_tile(), end = p.route.end_tile(query);
+  const int init = p.route.init();
+  const int begin = p.route.first_tile();
+  const int end = candidates > 0 ? (init + candidates + 63) / 64 : begin;
   const auto sharpen = static_cast<float>(routing.sigma * 1.4426950408889634);
   const float* const bias = p.bias + at * p.route.M;
   float* const sums = p.dbias + at * p.route.M;
-  // Calls f(sigma bias in base 2, D, where it is) for the lane's chunks of the support. Lanes read
-  // again what they read before.
-  const auto for_support = [&](auto f) {
-    constexpr int batch = 4;  // tiles at a time
-    for (int tile = begin; tile < end; tile += batch) {
-      uint32_t routed[2 * batch];
-      float l[2 * batch], d[2 * batch];
-#pragma unroll
-      for (int x = 0; x < batch; ++x) {
-        const uint64_t word = tile + x < end ? p.support(at, query, tile + x) : 0;
-        routed[2 * x] = static_cast<uint32_t>(word) >> lane & 1;
-        routed[2 * x + 1] = static_cast<uint32_t>(word >> 32) >> lane & 1;
-      }
-#pragma unroll
-      for (int x = 0; x < 2 * batch; ++x) {
-        const int c = 64 * tile + 32 * x + lane;
-        l[x] = routed[x] ? sharpen * bias[c] : 0;
-        d[x] = routed[x] ? sums[c] : 0;
-      }
-#pragma unroll
-      for (int x = 0; x < 2 * batch; ++x) {
-        if (routed[x]) f(l[x], d[x], sums + 64 * tile + 32 * x + lane);
+  // Calls f(words, tile) where the mask has any of the four tiles from `tile` on; words: theirs are
+  // lanes' tile - begin and the next ones', modulo 32.
+  const auto for_mask = [&](auto f) {
+    for (int from = begin; from < end; from += 32) {
+      const uint64_t words = from + lane < end ? p.mask[at * p.words + from + lane] : 0;
+      uint32_t any = __ballot_sync(~0u, words != 0);
+      while (any != 0) {
+        const int x = (__ffs(static_cast<int>(any)) - 1) / Chunks::tiles * Chunks::tiles;
+        any &= ~(((1u << Chunks::tiles) - 1) << x);
+        f(words, from + x);
       }
     }
   };
+  const auto load = [&](uint64_t words, int tile) {
+    Chunks chunks;
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      const auto half = static_cast<uint32_t>(words >> 32 * (x % 2));
+      const uint32_t bits = __shfl_sync(~0u, half, tile - begin + x / 2);
+      const int candidate = 64 * tile + 32 * x + lane - init;
+      chunks.routed[x] = (bits >> lane & 1) != 0 &&
+                         static_cast<uint32_t>(candidate) < static_cast<uint32_t>(candidates);
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      const int c = 64 * tile + 32 * x + lane;
+      chunks.l[x] = chunks.routed[x] ? sharpen * bias[c] : -INFINITY;
+      chunks.d[x] = chunks.routed[x] ? sums[c] : 0;
+    }
+    return chunks;
+  };
+  Chunks chunks = {};
   float powers = 0, sum = 0;
   int size = 0;
-  for_support([&](float l, float d, float*) {
-    powers += power_of_2(l);
-    sum += d;
-    ++size;
+  for_mask([&](uint64_t words, int tile) {
+    chunks = load(words, tile);
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      powers += power_of_2(chunks.l[x]);
+      sum += chunks.d[x];
+      size += chunks.routed[x];
+    }
   });
   powers = warp_sum(powers);
   sum = warp_sum(sum);
-  const auto support = static_cast<float>(warp_sum(size));
-  const float mean = routing.center && support > 0 ? sum / support : 0;
+  const auto support = static_cast<float>(__reduce_add_sync(~0u, size));
+  const float mean = routing.center && support > 0 ? __fdividef(sum, support) : 0;
   const auto sigma_g = static_cast<float>(routing.sigma * p.route.g);
   const auto eps = static_cast<float>(routing.prior_eps);
-  const float share = powers / ((1 + support * eps) * sigma_g);
-  for_support([&](float l, float d, float* to) { *to = share * power_of_2(-l) * (d - mean); });
+  const float share = __fdividef(powers, (1 + support * eps) * sigma_g);
+  const auto put = [&](const Chunks& of, int tile) {
+#pragma unroll
+    for (int x = 0; x < 2 * Chunks::tiles; ++x) {
+      if (of.routed[x]) {
+        sums[64 * tile + 32 * x + lane] = share * power_of_2(-of.l[x]) * (of.d[x] - mean);
+      }
+    }
+  };
+  if (end - begin <= Chunks::tiles) return put(chunks, begin);
+  for_mask([&](uint64_t words, int tile) { put(load(words, tile), tile); });
 }
 
-/// The union of what the queries [first, first + count) route to.
-__device__ void put_union(const HopperRouteBackward& p, int64_t at, int first, int count,
-                          uint64_t* to) {
+/// The union of what so many queries route to, the last of which has candidates up to a tile;
+/// candidates: of the warp's i-th query, in lane i.
+__device__ void put_union(const HopperRouteBackward& p, int64_t at, int count, int end,
+                          int candidates, uint64_t* to) {
   __shared__ uint64_t parts[warps][32];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int end = p.route.end_tile(first + count - 1);
   for (int from = p.route.first_tile(); from < end; from += 32) {
     const int tile = from + lane;
     uint64_t any = 0;
-    for (int i = warp; tile < end && i < count; i += warps) {
-      any |= p.support(at + i, first + i, tile);
+    for (int i = 0; warps * i + warp < count; ++i) {
+      const int query_end = p.route.init() + __shfl_sync(~0u, candidates, i);
+      if (tile < end) any |= p.support(at + warps * i + warp, query_end, tile);
     }
     __syncthreads();  // the last parts are done with
     parts[warp][lane] = any;
@@ -97,9 +129,13 @@ __global__ void __launch_bounds__(threads)
   const int head = index % p.heads, row_tile = p.row_tiles - 1 - index / p.heads;
   const int first = row_tile * p.route.queries, count = min(p.route.queries, p.route.N - first);
   const int64_t at = int64_t{head} * p.route.N + first;
-  put_union(p, at, first, count, p.union_of(head, row_tile));
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += warps) {
-    put_weight_gradients(p, at + i, first + i);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  // Of the queries of a warp, 16 at most, each found by a lane.
+  const int candidates = p.route.end(first + min(warps * lane + warp, count - 1)) - p.route.init();
+  put_union(p, at, count, p.route.end_tile(first + count - 1), candidates,
+            p.union_of(head, row_tile));
+  for (int i = 0; warps * i + warp < count; ++i) {
+    put_weight_gradients(p, at + warps * i + warp, __shfl_sync(~0u, candidates, i));
   }
 }
 
