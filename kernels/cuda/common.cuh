@@ -119,14 +119,6 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  }
-  return x;
-}
-
 /// Over a block of up to 32 whole warps, in a fixed order; every thread gets the sum. `shared`
 /// holds 32 values and may be used again after the next barrier.
 template <class T>
