@@ -168,8 +168,8 @@ struct Kernels {
                           Tensor scratch, bool add_dq = false) const;
   static int64_t attention_backward_scratch(Tensor q, Tensor k);
 
-  /// Summaries of complete chunks: kbar f64 [B, Hkv, M, D], a view, or f32 where k is bf16, as
-  /// while decoding; s f32 [Hkv, D], or empty for means. Others are set to 0.
+  /// Summaries of complete chunks, zeros for others: kbar [B, Hkv, M, D], a view, f64, or f32 where
+  /// k is bf16, as while decoding; s f32 [Hkv, D], or empty for means.
   void dash_summaries(Tensor k, Tensor s, int64_t chunk, Tensor kbar) const;
   void dash_summaries_backward(Tensor k, Tensor s, int64_t chunk, Tensor dkbar, Tensor dk_sum,
                                Tensor ds_sum) const;
@@ -177,9 +177,9 @@ struct Kernels {
   /// gamma z the logs of the softmax's sums, 0 without candidates; blocks.mask and blocks.bias as
   /// attention takes them, weights f32 [B, Hkv, N, M] (or empty) the routing weights w. M is
   /// kbar's. scratch: f64 [dash_route_scratch()], or empty, as while decoding: each tile of queries
-  /// then prepares summaries for itself, and those of chunks before the first query's may be read
-  /// while the work before this still runs. beside: that work makes summaries which no query here
-  /// routes over, and everything may be read.
+  /// then prepares summaries for itself, which may be f32, and those of chunks before the first
+  /// query's may be read while the work before this still runs. beside: that work only makes
+  /// summaries which no query here routes over, so q may be read then as well.
   void dash_route(Tensor q, Tensor kbar, const DashRouting& routing, Tensor tau,
                   const BlockSet& blocks, Tensor weights, Tensor scratch, Tensor read,
                   bool beside = false) const;

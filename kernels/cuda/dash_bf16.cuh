@@ -21,15 +21,16 @@ bool route_decode(const Tensor& q, const Tensor& kbar, const DashRouting& routin
                   const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
                   const Tensor& read, bool beside);
 
-/// The same on Hopper, over any number of candidates; route_hopper_backward.cu. Whether it did.
-/// dbias is written over. scratch: f64 [hopper_route_backward_scratch()].
+/// The way back on Hopper, over any number of candidates; route_hopper_backward.cu. Whether it took
+/// the problem. dbias is written over. scratch: f64 [hopper_route_backward_scratch()].
 bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                            const Tensor& tau, const BlockSet& blocks, const Tensor& dbias,
                            const Tensor& dq_sum, const Tensor& dkbar, const Tensor& scratch);
 /// 0 where it never does.
 int64_t hopper_route_backward_scratch(const Shape& q, const Shape& kbar);
 
-/// Whether it did. scratch: f32 [B, Hkv, parts, M, D].
+/// The way back elsewhere; dash_bf16_backward.cu. Whether it took the problem. scratch: f32 [B,
+/// Hkv, parts, M, D].
 bool route_backward_bf16(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
                          const Tensor& tau, const Tensor& dbias, const Tensor& dq_sum,
                          const Tensor& dkbar, int64_t parts, const Tensor& scratch);
