@@ -20,11 +20,11 @@
 // step. But before it waits for the ring, it waits for that product and frees its stage, which the
 // ring may need.
 //
-// Four warps copy: one the keys, and one for each warpgroup its q and dO, as soon as it has done
-// with those of its item before, while other warpgroups may still be at theirs. q is held in
-// registers where D is 128; dO and, where D is 64, q are read from shared memory, since sums,
-// scores and rounded dS leave no more registers. What warps know of an item is spilled in part: the
-// copying ones read a few words back in a step, the others one at most.
+// One warp copies the keys, and one for each warpgroup its q and dO, as soon as it has done with
+// those of its item before, while other warpgroups may still be at theirs. q is held in registers
+// where D is 128; dO and, where D is 64, q are read from shared memory, since sums, scores and
+// rounded dS leave no more registers. What warps know of an item is spilled in part: the copying
+// ones read a few words back in a step, the others one at most.
 //
 // Floor: 6 D operations for each attended (row, key). B 1, Hq 32, Hkv 2, D 128, N 16384, density
 // 0.125: 4.1e11 operations, 0.42 ms at wgmma's 989 TFLOP/s, 0.69 ms at 600. A step copies 256 D

@@ -36,8 +36,8 @@ struct alignas(8) ListEnd {
   int size;
 };
 
-/// What the first sweep finds of a warp's 16 rows: of each lane's two the threshold (not shifted).
-/// A row's numbers are the same in the four lanes that share it.
+/// What the first sweep finds of a warp's 16 rows: of each lane's two the threshold. A row's
+/// numbers are the same in the four lanes that share it.
 template <Curve curve>
 class Thresholds {
  public:
