@@ -39,6 +39,12 @@ struct Summaries {
   }
 };
 
+/// Of a tile, a bit for each chunk before c.
+__device__ __forceinline__ uint64_t chunks_before(int c, int tile) {
+  const int bits = c - 64 * tile;
+  return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
+}
+
 /// Queries that a thread block routes together, and the tiles with candidates of any of them.
 struct RouteItem {
   int b, r, first;  // batch, kv head, first query

@@ -31,11 +31,7 @@ struct HopperRouteBackward {
 
   /// A query's support in a tile; at: where the query is in [B, Hkv, N], end: of its candidates.
   __device__ uint64_t support(int64_t at, int end, int tile) const {
-    const auto before = [tile](int c) {
-      const int bits = c - 64 * tile;
-      return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-    };
-    return mask[at * words + tile] & before(end) & ~before(route.init());
+    return mask[at * words + tile] & chunks_before(end, tile) & ~chunks_before(route.init(), tile);
   }
   __device__ uint64_t* union_of(int head, int row_tile) const {
     return unions + (int64_t{head} * row_tiles + row_tile) * tiles;

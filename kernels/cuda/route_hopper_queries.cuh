@@ -264,12 +264,9 @@ class Queries {
   }
   /// Of a tile, the first init_blocks and the last local_blocks up to a query's own.
   __device__ uint64_t forced(int own, int tile) const {
-    const auto before = [tile](int c) {
-      const int bits = c - 64 * tile;
-      return bits <= 0 ? 0 : bits >= 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
-    };
     const int local = static_cast<int>(p_.routing.local_blocks);
-    return before(own + 1) & (before(p_.init()) | ~before(own - local + 1));
+    return chunks_before(own + 1, tile) &
+           (chunks_before(p_.init(), tile) | ~chunks_before(own - local + 1, tile));
   }
 
   const HopperRoute& p_;
