@@ -30,6 +30,43 @@ __device__ inline float row_top(float* row, int n) {
   return Lanes(width).max(top);
 }
 
+/// Makes scores of a row's first n products, -infinity before the first candidate and from the n-th
+/// on. Returns the largest.
+template <int width>
+__device__ float scale_row(float* row, int begin, int n, float factor) {
+  float top = -INFINITY;
+  for_fours<width>(row, n, [&](const float4& at, int c) {
+    const auto score = [&](float product, int column) {
+      const float z = column >= begin && column < n ? factor * product : -INFINITY;
+      top = fmaxf(top, z);  // passes over NaN
+      return z;
+    };
+    *reinterpret_cast<float4*>(row + c) =
+        make_float4(score(at.x, c), score(at.y, c + 1), score(at.z, c + 2), score(at.w, c + 3));
+  });
+  return Lanes(width).max(top);
+}
+
+/// Shifts a row by its top and drops entries of `least` after that or less: each lane moves the
+/// others of its own together. Returns how far the lane's row then goes.
+template <int width>
+__device__ int keep_above(float* row, int n, float top, float least) {
+  float* const own = row + 4 * Lanes(width).rank;
+  int kept = 0;
+  const auto keep = [&](float x) {
+    own[kept / 4 * 4 * width + kept % 4] = x;
+    ++kept;
+  };
+  for_fours<width>(row, n, [&](const float4& at, int) {
+    const float4 four = at;
+    for (const float x : {four.x, four.y, four.z, four.w}) {
+      if (!(x - top <= least)) keep(x - top);  // NaN stays
+    }
+  });
+  while (n > 0 && (kept == 0 || kept % 4 > 0)) keep(-INFINITY);
+  return kept * width;
+}
+
 /// What p is of d = a - tau: p = d^r, r = 1 / (alpha - 1), so that loops are written once and run
 /// without branches.
 enum class Curve {
