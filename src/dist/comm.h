@@ -37,8 +37,8 @@ class Comm {
   virtual void max(double* values, int count) = 0;
   virtual void broadcast(void* data, size_t bytes, int root) = 0;
 
-  /// Said by every rank when all are about to throw: they then leave one after the other without
-  /// hurry, while after an error of one alone its launcher has to end the others.
+  /// Said by every rank when all are about to throw: they then wait for each other before the
+  /// program ends, while after an error of one alone its launcher has to end the others.
   virtual void fail_together() = 0;
   /// Asked by every rank that caught an error and can go on without what failed: takes
   /// fail_together() back. False where it was not said: the rank failed alone and must throw on.

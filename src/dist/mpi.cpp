@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t part_elements = int64_t{1} << 22;
 constexpr size_t part_bytes = size_t{1} << 26;
 
-bool all_failed = false;
+bool all_failed = false;  // and the MpiComm is gone: leave_mpi() ends MPI in its place
 
 class MpiComm final : public Comm {
  public:
