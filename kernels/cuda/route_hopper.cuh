@@ -16,6 +16,8 @@
 // tau holds the threshold, a float, exactly: probability(z, tau) has the same bits in both passes.
 #include <cuda_fp16.h>
 
+#include <cmath>
+
 #include "kernels/cuda/attention_hopper.cuh"
 #include "kernels/cuda/route_bf16.cuh"
 
