@@ -39,12 +39,10 @@ constexpr int groups = 3, threads = (groups + 1) * warpgroup;  // one more copie
 
 /// high and low are 16-bit patterns of f16. A thread takes two neighbouring elements.
 __global__ void __launch_bounds__(256)
-    prepare(const Rows<double> kbar, int64_t H, int64_t M, int D, int64_t pairs,
-            const double* alpha_gamma, uint32_t* high, uint32_t* low, uint32_t* rounded,
-            double* alpha_gamma_here) {
+    prepare(const Rows<double> kbar, int64_t H, int64_t M, int D, int64_t pairs, uint32_t* high,
+            uint32_t* low, uint32_t* rounded) {
   const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (x >= pairs) return;
-  if (alpha_gamma && x < 2) alpha_gamma_here[x] = alpha_gamma[x];
   const int64_t row = x / (D / 2), d = x % (D / 2) * 2;
   const double* from = kbar.at(row / M / H, row / M % H, row % M) + d;
   const auto a = static_cast<float>(from[0]), b = static_cast<float>(from[1]);
@@ -298,25 +296,33 @@ bool hopper_route_takes(const Tensor& q, const Tensor& kbar, const DashRouting& 
 }
 
 HopperRoute hopper_route_problem(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-                                 const Summaries& summaries, int64_t first) {
+                                 int64_t first) {
   const RouteShape s = route_shape_of(q, kbar, routing, first);
   const auto whole = [](int64_t n) { return static_cast<int>(n); };
-  return {whole(s.B), whole(s.Hq),      whole(s.Hkv), s.g,     whole(s.N),           whole(s.M),
-          s.D,        block_rows / s.g, whole(first), routing, summaries.alpha_gamma};
+  return {whole(s.B),
+          whole(s.Hq),
+          whole(s.Hkv),
+          s.g,
+          whole(s.N),
+          whole(s.M),
+          s.D,
+          block_rows / s.g,
+          whole(first),
+          routing,
+          on_device(routing.alpha_gamma, 2)};
 }
 
-Summaries prepare_summaries(const Tensor& kbar, const double* alpha_gamma, const Tensor& scratch) {
+Summaries prepare_summaries(const Tensor& kbar, const Tensor& scratch) {
   const int64_t n = kbar.numel();
   auto* parts = reinterpret_cast<bf16*>(pointer<double>(scratch));
   const auto part = [&](int i) {
     return Tensor::of(parts + i * n, kbar.shape, DType::bf16, Device::cuda);
   };
-  const Summaries to{part(0), part(1), part(2), reinterpret_cast<double*>(parts + 3 * n)};
+  const Summaries to{part(0), part(1), part(2)};
   const auto words = [](const Tensor& x) { return reinterpret_cast<uint32_t*>(x.data); };
   launch("route: prepare", prepare, ceil_div(n / 2, 256), 256, 0, Rows<double>(kbar), kbar[1],
-         kbar[2], static_cast<int>(kbar[3]), n / 2,
-         alpha_gamma ? on_device(alpha_gamma, 2) : nullptr, words(to.high), words(to.low),
-         words(to.rounded), to.alpha_gamma);
+         kbar[2], static_cast<int>(kbar[3]), n / 2, words(to.high), words(to.low),
+         words(to.rounded));
   return to;
 }
 
@@ -324,8 +330,8 @@ bool route_hopper(const Tensor& q, const Tensor& kbar, const DashRouting& routin
                   const Tensor& tau, const BlockSet& blocks, const Tensor& weights,
                   const Tensor& scratch, const Tensor& read) {
   if (!hopper_route_takes(q, kbar, routing)) return false;
-  const Summaries summaries = prepare_summaries(kbar, routing.alpha_gamma, scratch);
-  const HopperRoute p = hopper_route_problem(q, kbar, routing, summaries, blocks.first);
+  const HopperRoute p = hopper_route_problem(q, kbar, routing, blocks.first);
+  const Summaries summaries = prepare_summaries(kbar, scratch);
   const HopperRouteOutput out{pointer<double>(tau),
                               pointer<uint64_t>(blocks.mask),
                               static_cast<int>(blocks.mask[3]),

@@ -26,15 +26,12 @@ namespace entrain::cuda {
 /// Of high and low: keeps most of low above 2^-14, where f16 has fewer bits; |kbar| may be 2047.
 constexpr float summary_scale = 32;
 
-/// What products take of kbar, each [B, Hkv, M, D] of 16-bit elements, one after the other, then
-/// alpha and gamma: in the host's memory, where they are kept, each of a kernel's hundreds of
-/// blocks would wait its turn for them.
+/// What products take of kbar, each [B, Hkv, M, D] of 16-bit elements, one after the other.
 struct Summaries {
   Tensor high, low;  // f16, by summary_scale
   Tensor rounded;    // bf16
-  double* alpha_gamma;
 
-  /// In elements of f64, of which the parts leave a quarter.
+  /// In elements of f64.
   static int64_t scratch(const Shape& kbar) { return kbar.numel(); }
   static CUtensorMap map(const Tensor& part) {
     return block_map(Rows<bf16>(part), part[0], part[1], part[2], part[3]);
@@ -98,9 +95,8 @@ struct HopperRoute {
 /// Whether this router takes a problem; how its kernels do; its summaries, in scratch.
 bool hopper_route_takes(const Tensor& q, const Tensor& kbar, const DashRouting& routing);
 HopperRoute hopper_route_problem(const Tensor& q, const Tensor& kbar, const DashRouting& routing,
-                                 const Summaries& summaries, int64_t first);
-/// alpha_gamma: on the host, or null where nothing routes.
-Summaries prepare_summaries(const Tensor& kbar, const double* alpha_gamma, const Tensor& scratch);
+                                 int64_t first);
+Summaries prepare_summaries(const Tensor& kbar, const Tensor& scratch);
 
 /// Starts copies of a warpgroup's rows, from a query on, and of both parts of a tile of summaries.
 template <int D>

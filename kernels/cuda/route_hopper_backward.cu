@@ -80,9 +80,8 @@ bool route_backward_hopper(const Tensor& q, const Tensor& kbar, const DashRoutin
   HopperRouteBackward p = backward_sizes(q.shape, kbar.shape);
   const BackwardScratch at(p, kbar.shape);
   char* memory = reinterpret_cast<char*>(pointer<double>(scratch));
-  const Summaries summaries = prepare_summaries(kbar, routing.alpha_gamma, scratch);
-  p.route = hopper_route_problem(q, kbar, routing, summaries, 0);
-  p.summaries = pointer<bf16>(summaries.high);
+  p.route = hopper_route_problem(q, kbar, routing, 0);
+  p.summaries = pointer<bf16>(prepare_summaries(kbar, scratch).high);
   p.tau = pointer<double>(tau);
   p.mask = pointer<uint64_t>(blocks.mask);
   p.words = static_cast<int>(blocks.mask[3]);

@@ -253,7 +253,7 @@ bool launch_select(const Tensor& q, const Tensor& keys, HopperSelect p, const Te
            static_cast<size_t>(Shape::shared_bytes(p.queries, p.blocks)), rows, high, low, p);
   };
   if constexpr (parts == 2) {
-    const Summaries summaries = prepare_summaries(keys, nullptr, scratch);
+    const Summaries summaries = prepare_summaries(keys, scratch);
     run(Summaries::map(summaries.high), Summaries::map(summaries.low));
   } else {
     const CUtensorMap map = block_map(Rows<bf16>(keys), keys[0], keys[1], keys[2], D);
