@@ -29,11 +29,11 @@
 // Floor, B 1, Hq 32, Hkv 2, D 128, N 16K, density 0.125: 5.4e8 pairs of a row and a key, 8 D
 // operations each: 5.5e11, 0.61 ms at 900 TFLOP/s. 131072 steps read 4 D bytes and two numbers a
 // row: 4.4 GB from the second-level cache, 0.78 ms at 24 bytes a clock and multiprocessor, which
-// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 took 1.14 ms, a
-// quarter more when all four warps that copy went through each step together, and 2.1 ms at B 4,
-// Hq 16, Hkv 4, D 64. There the fillers set the pace: of the 3700 clocks that one took for a step,
-// more than half went into its copies, each in a loop over threads (elected() in hopper.cuh), and
-// products would have taken 950 a step. Expected now: 1.0 ms and 1.3 ms.
+// sets the pace. 2304 items pass on 64 KiB each, written and read: 5% more. An H100 takes
+// 1.02 ms, and 1.62 ms at B 4, Hq 16, Hkv 4, D 64. It took 1.38 and 2.2 when all four warps that
+// copy went through each step together, 1.14 and 2.1 when each copy was issued in a loop over
+// threads (elected() in hopper.cuh): more than half of the 3700 clocks that a filler then needed
+// for a step. 1.3 was expected at D 64, where the dense kernel's products would take 1.0.
 //
 // At D 128 registers are short: with 8 more for those who copy, the products' ones no longer
 // suffice for them to run beside the program.

@@ -1,7 +1,7 @@
 // The way back through DashAttention's router on Hopper: its kernels one after the other, of which
 // the last, here, adds up what thread blocks have of dkbar. It reads the sums of chunks that any of
 // a block's queries routes to: for B 1, Hq 32, Hkv 2, D 128, N 16384, chunks of 64 up to 52 MB,
-// 17 us. Expected: 20 us.
+// 17 us. An H100 takes 29.
 #include <cmath>
 
 #include "kernels/cuda/dash_bf16.cuh"
