@@ -33,7 +33,7 @@
 // 1.02 ms, and 1.62 ms at B 4, Hq 16, Hkv 4, D 64. It took 1.38 and 2.2 when all four warps that
 // copy went through each step together, 1.14 and 2.1 when each copy was issued in a loop over
 // threads (elected() in hopper.cuh): more than half of the 3700 clocks that a filler then needed
-// for a step. 1.3 was expected at D 64, where the dense kernel's products would take 1.0.
+// for a step. 1.0 and 1.3 were expected.
 //
 // At D 128 registers are short: with 8 more for those who copy, the products' ones no longer
 // suffice for them to run beside the program.
