@@ -355,7 +355,9 @@ __device__ __forceinline__ void product(float (&c)[8][4], uint64_t a, uint64_t b
       : ENTRAIN_SUMS_8(0)
       : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
-/// c (+)= a b, 64 x 64, 16 deep; both from shared memory: a Block's rows() and another's columns().
+/// c (+)= a b, 64 x 64, 16 deep; both from shared memory, b as a Block's columns(), a as another's
+/// rows(), or where a_columns, a^T, as columns() of one panel.
+template <bool a_columns>
 __device__ __forceinline__ void product_with_columns(float (&c)[8][4], uint64_t a, uint64_t b,
                                                      bool add) {
   asm volatile(
@@ -365,12 +367,13 @@ __device__ __forceinline__ void product_with_columns(float (&c)[8][4], uint64_t 
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, 1;\n"
+      "%32, %33, p, 1, 1, %35, 1;\n"
       "}"
       : ENTRAIN_SUMS_8(0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(a_columns)));
 }
 /// The same with 128 columns.
+template <bool a_columns>
 __device__ __forceinline__ void product_with_columns(float (&c)[16][4], uint64_t a, uint64_t b,
                                                      bool add) {
   asm volatile(
@@ -382,42 +385,10 @@ __device__ __forceinline__ void product_with_columns(float (&c)[16][4], uint64_t
       "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
       "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
       "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, 1;\n"
+      "%64, %65, p, 1, 1, %67, 1;\n"
       "}"
       : ENTRAIN_SUMS_8(0), ENTRAIN_SUMS_8(8)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-/// c (+)= a^T b, 64 x 64, over 16 rows of both: columns() of Blocks, a's of one panel.
-__device__ __forceinline__ void product_of_columns(float (&c)[8][4], uint64_t a, uint64_t b,
-                                                   bool add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 1, 1;\n"
-      "}"
-      : ENTRAIN_SUMS_8(0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-/// The same with 128 columns.
-__device__ __forceinline__ void product_of_columns(float (&c)[16][4], uint64_t a, uint64_t b,
-                                                   bool add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-      "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
-      "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 1, 1;\n"
-      "}"
-      : ENTRAIN_SUMS_8(0), ENTRAIN_SUMS_8(8)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(a_columns)));
 }
 
 #undef ENTRAIN_SUMS_8

@@ -349,7 +349,7 @@ class QueryRows {
     products_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      product_with_columns(sum, dz.rows(step), kbar.columns(step), true);
+      product_with_columns<false>(sum, dz.rows(step), kbar.columns(step), true);
     }
     multiply_columns(s, dz, 0);
     products_wait<0>();
@@ -397,7 +397,7 @@ class QueryRows {
     const Block q{shared_ + panel * panel_bytes};
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      product_of_columns(sum, dz.columns(step), q.columns(step), step > 0);
+      product_with_columns<true>(sum, dz.columns(step), q.columns(step), step > 0);
     }
     products_commit();
   }
