@@ -79,6 +79,7 @@ class DrawnItems {
       const auto last = static_cast<unsigned>(count_) + gridDim.x - 1;
       const int number = uniform(hands_on ? static_cast<int>(atomicInc(counter, last)) : 0);
       places_.wait_empty();
+      __syncwarp();  // all lanes have seen it empty before it fills
       if (hands_on) {
         numbers_[places_.stage] = number;
         barrier_arrive(places_.full());
