@@ -29,6 +29,14 @@ void positive(const char* key, double value) {
   require_key(value > 0.0, key, "must be greater than 0, not {}", value);
 }
 
+/// Beyond that, thresholds within 1 of scores could not be told from them in float32, and rows
+/// would route nowhere.
+void routable(const char* key, double gamma) {
+  constexpr double largest = 1e6;
+  positive(key, gamma);
+  require_key(gamma <= largest, key, "must be at most {}, not {}", largest, gamma);
+}
+
 void one_of(const std::vector<const char*>& names, const char* key, const std::string& value) {
   require_key(std::ranges::find(names, value) != names.end(), key, "must be {}, not '{}'",
               fmt::join(names, " or "), value);
@@ -102,12 +110,12 @@ void check_attention(const AttentionConfig& a) {
   at_least(1, "attention.chunk", a.chunk);
   require_key(a.alpha >= 1.0 && a.alpha <= 2.0, "attention.alpha",
               "must be from 1 (softmax) to 2 (sparsemax), not {}", a.alpha);
-  positive("attention.gamma", a.gamma);
+  routable("attention.gamma", a.gamma);
   at_least(0, "attention.alpha_steps", a.alpha_steps);
   at_least(0, "attention.gamma_steps", a.gamma_steps);
   require_key(a.alpha_start >= 1.0 && a.alpha_start <= 2.0, "attention.alpha_start",
               "must be from 1 (softmax) to 2 (sparsemax), not {}", a.alpha_start);
-  positive("attention.gamma_start", a.gamma_start);
+  routable("attention.gamma_start", a.gamma_start);
   require_key(a.gamma_steps == 0 || a.target_density == 0.0, "attention.gamma_steps",
               "and attention.target_density both drive gamma; take one of them");
   one_of({"learned", "mean"}, "attention.summaries", a.summaries);
